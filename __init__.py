@@ -1,0 +1,26 @@
+"""SAMFeat: local features taught by the Segment Anything Model, from cached teacher targets."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from samfeat.student.extractor import SAMFeat
+    from samfeat.student.matching import match
+    from samfeat.teacher_cache.store import TeacherCache
+
+__version__ = "0.1.0"
+__all__ = ["SAMFeat", "TeacherCache", "__version__", "match"]
+
+_HOMES = {
+    "SAMFeat": "samfeat.student.extractor",
+    "match": "samfeat.student.matching",
+    "TeacherCache": "samfeat.teacher_cache.store",
+}
+
+
+def __getattr__(name: str) -> Any:  # PEP 562: torch is imported when a public name is first used, never by --help
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,250 @@
+"""Stage one: images -> teacher -> cache. One task = one whole shard; only this file imports dask.
+
+A run may be stopped at any moment: the same command goes on with the shards that are missing, and writes the same bytes
+that an undisturbed run would have written, because every random choice follows from the seed and the item's number.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import dask
+import numpy as np
+
+from samfeat.pipelines.pairs import MegaDepthSource
+from samfeat.teacher_cache.images import FolderSource, ImageSource, MtldescSource
+from samfeat.teacher_cache.keypoints import Detector, LabelConfig, adapt, opencv_detector
+from samfeat.teacher_cache.schema import (
+    MAX_KEYPOINTS,
+    POINTS,
+    Failure,
+    Provenance,
+    Record,
+    StoreSpec,
+    Teacher,
+    package_versions,
+)
+from samfeat.teacher_cache.store import TeacherCache
+
+RECORDED = ("samfeat", "torch", "segment-anything", "zarr", "numpy", "opencv-python", "scikit-image")
+
+Pairs = list[tuple[np.ndarray, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class BuildSummary:
+    """What a run of stage one did.
+
+    Attributes:
+        path: the store.
+        images: images in the store.
+        written: images written by this run (the others were there already).
+        failures: (name, reason) of every image that could not be used, from this and earlier runs.
+    """
+
+    path: Path
+    images: int
+    written: int
+    failures: list[tuple[str, str]]
+
+
+def open_source(data: str | Path, *, crop_size: int | None = None, seed: int = 0) -> ImageSource:
+    """The image source that a folder holds, by its layout.
+
+    ``scene_info/`` is raw MegaDepth, ``image/ keypoint/ despoint/`` MTLDesc's released set, anything else a folder of
+    photographs.
+
+    Args:
+        data: the folder.
+        crop_size: side of the square crops in pixels; 400 where None. MTLDesc's crops have their own size.
+        seed: seed of crops and pairs.
+
+    Raises:
+        FileNotFoundError: no such folder, or no images in it.
+        ValueError: a layout that is recognised but damaged.
+    """
+    data = Path(data)
+    if not data.exists():
+        raise FileNotFoundError(f"{data}: no such folder. `samfeat-cli sample {data}` would write the embedded sample")
+    if not data.is_dir():
+        raise ValueError(f"{data} is a file: give the folder that holds the images")
+    if all((data / part).is_dir() for part in ("image", "keypoint", "despoint")):
+        if crop_size is not None:
+            raise ValueError("--crop-size does not apply to MTLDesc's released set: its crops are used as they are")
+        return MtldescSource(data, seed=seed)
+    size = (crop_size or 400, crop_size or 400)
+    if (data / "scene_info").is_dir():
+        return MegaDepthSource(data, crop_size=size, seed=seed)
+    return FolderSource(data, crop_size=size, seed=seed)
+
+
+def label_detector(base: str) -> Detector:
+    """The base detector of the homographic adaptation: an OpenCV detector, or a trained student by its weights."""
+    if not base.endswith((".safetensors", ".pt")):
+        return opencv_detector(base)
+    from samfeat.student.extractor import SAMFeat
+
+    student = SAMFeat.from_pretrained(base)
+
+    def detect(image: np.ndarray) -> np.ndarray:
+        features = student.extract(image)
+        keypoints, scores = (features[name].float().cpu().numpy() for name in ("keypoints", "scores"))
+        return np.column_stack([keypoints, scores]).astype(np.float32)
+
+    return detect
+
+
+def build_cache(
+    path: str | Path,
+    source: ImageSource,
+    teacher: Teacher,
+    *,
+    labels: LabelConfig | None = None,
+    seed: int = 0,
+    shard_images: int = 32,
+    workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> BuildSummary:
+    """Run the teacher over ``source`` and write the store ``path``, or go on with it.
+
+    Args:
+        path: the store, ``<folder>/<name>.zarr``.
+        source: ordered images, see :func:`open_source`.
+        teacher: gives the targets.
+        labels: how detector labels are made; defaults where None.
+        seed: seed of the homographic adaptation.
+        shard_images: images of one shard.
+        workers: shards in flight; the number of processors where None.
+        progress: called with (images done, images in all) from worker threads.
+
+    Raises:
+        ValueError: the store belongs to other images, another teacher or other parameters (the differences are named).
+        OSError: disk full or not writable. Finished shards stay.
+        KeyboardInterrupt: as it came; finished shards stay.
+    """
+    labels = labels or LabelConfig()
+    per_item = 2 if source.paired else 1
+    spec = StoreSpec(
+        images=len(source) * per_item,
+        paired=source.paired,
+        image_size=source.crop_size,
+        embedding=teacher.embedding_shape(source.crop_size),
+        shard_images=min(shard_images, len(source) * per_item),
+    )
+    described = Provenance(
+        teacher=teacher.provenance(),
+        source=source.provenance(),
+        labels=_label_provenance(labels),
+        seed=seed,
+        versions=package_versions(*RECORDED),
+    )
+    cache = _create_or_continue(Path(path), spec, described)
+    missing = cache.missing()
+    job = _Job(cache, source, teacher, labels, label_detector(labels.base), seed, _Counter(spec, missing, progress))
+    tasks = [dask.delayed(job.shard, pure=False)(shard) for shard in missing]
+    try:
+        dask.compute(*tasks, scheduler="threads", num_workers=workers or os.cpu_count() or 1)
+    except BaseException:
+        job.stop.set()
+        raise
+    cache = TeacherCache.open(path)
+    failures = [(cache.names[image], reason) for image, reason in cache.failures.items()]
+    return BuildSummary(cache.path, len(cache), sum(len(spec.shard_range(shard)) for shard in missing), failures)
+
+
+class _Counter:
+    """Counts images across worker threads."""
+
+    def __init__(self, spec: StoreSpec, missing: list[int], progress: Callable[[int, int], None] | None) -> None:
+        self.total, self.progress, self.lock = spec.images, progress, threading.Lock()
+        self.done = spec.images - sum(len(spec.shard_range(shard)) for shard in missing)
+        self.advance(0)
+
+    def advance(self, images: int) -> None:
+        with self.lock:
+            self.done += images
+            if self.progress:
+                self.progress(self.done, self.total)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Everything that a worker needs to make one shard."""
+
+    cache: TeacherCache
+    source: ImageSource
+    teacher: Teacher
+    labels: LabelConfig
+    detector: Detector
+    seed: int
+    counter: _Counter
+    stop: threading.Event = field(default_factory=threading.Event)
+
+    def shard(self, shard: int) -> None:
+        per_item = 2 if self.source.paired else 1
+        images = self.cache.spec.shard_range(shard)
+        records: list[Record | Failure] = []
+        pairs: Pairs = []
+        for item in range(images.start // per_item, images.stop // per_item):
+            if self.stop.is_set():
+                return
+            made, pair = self._item(item)
+            records += made
+            pairs += pair
+            self.counter.advance(len(made))
+        self.cache.write_shard(shard, records, pairs)
+
+    def _item(self, number: int) -> tuple[list[Record | Failure], Pairs]:
+        """Records of one item of the source and, where it is a pair, its correspondences."""
+        try:
+            item = self.source.item(number)
+        except (ValueError, OSError) as error:
+            sides = 2 if self.source.paired else 1
+            nothing = (np.zeros((2, POINTS, 2), np.float32), np.zeros(POINTS, bool))
+            return [Failure(f"unreadable#{number}.{side}", str(error)) for side in range(sides)], [nothing] * (
+                sides - 1
+            )
+        records: list[Record | Failure] = []
+        for side, gifts in enumerate(self.teacher(np.stack(item.images))):
+            image = item.images[side]
+            if item.keypoints is not None:
+                keypoints = item.keypoints[side]
+            else:
+                keypoints = adapt(image, self.detector, self.labels, seed=2 * number + side + (self.seed << 32))
+            records.append(
+                Record(item.names[side], item.sha256[side], item.boxes[side], image, gifts, keypoints[:MAX_KEYPOINTS])
+            )
+        if item.points is None or item.valid is None:
+            return records, []
+        return records, [(item.points, item.valid)]
+
+
+def _create_or_continue(path: Path, spec: StoreSpec, provenance: Provenance) -> TeacherCache:
+    if not path.exists():
+        return TeacherCache.create(path, spec, provenance)
+    cache = TeacherCache.open(path, writable=True)
+    differences = cache.provenance.differences(provenance)
+    differences += [
+        f"{entry.name}: {getattr(cache.spec, entry.name)} there, {getattr(spec, entry.name)} asked for"
+        for entry in fields(StoreSpec)
+        if getattr(cache.spec, entry.name) != getattr(spec, entry.name)
+    ]
+    if differences:
+        raise ValueError(
+            f"{path} was begun with other settings ({'; '.join(differences)}): repeat them, or choose another --name"
+        )
+    return cache
+
+
+def _label_provenance(labels: LabelConfig) -> dict[str, Any]:
+    values = asdict(labels)
+    if Path(labels.base).is_file():
+        values["base_sha256"] = hashlib.sha256(Path(labels.base).read_bytes()).hexdigest()
+        values["base"] = Path(labels.base).name
+    return values

@@ -1,0 +1,255 @@
+"""Synthetic pairs: homographies, warps of images and of their targets, and photometric noise.
+
+Everything is batched torch on the device of its arguments, draws only from the generator it is given, and never waits
+for the host. Pixels are (x, y), (0, 0) is the centre of the top-left pixel; homographies map original to warped pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+UNIT_SQUARE = ((0.0, 0.0), (0.0, 1.0), (1.0, 1.0), (1.0, 0.0))
+
+
+@dataclass(frozen=True)
+class HomographyConfig:
+    """Distribution of random homographies; lengths are fractions of the image side, the defaults the published ones.
+
+    Attributes:
+        patch: side of the centred square that the image's corners are moved to before anything is random.
+        perspective: bound of the uniform corner displacements, below ``patch / 2`` so that the image stays convex.
+        scale: bounds of the uniform scale factor.
+        unscaled: probability of the scale factor 1 instead.
+        overflow: how far a translation may push the quadrangle out of the image.
+        rotation: bound of the uniform rotation angle, in radians.
+    """
+
+    patch: float = 0.8
+    perspective: float = 0.2
+    scale: tuple[float, float] = (0.8, 2.0)
+    unscaled: float = 1 / 6
+    overflow: float = 0.05
+    rotation: float = math.pi / 2
+
+    def __post_init__(self) -> None:
+        if not 0 <= 2 * self.perspective < self.patch:
+            raise ValueError(
+                f"perspective must lie in [0, patch / 2), got {self.perspective} with patch {self.patch}: "
+                "lower it, or the warped image folds over"
+            )
+        if not 0 < self.scale[0] <= self.scale[1]:
+            raise ValueError(f"scale must be two positive ascending factors, got {self.scale}")
+        if not 0 <= self.unscaled <= 1:
+            raise ValueError(f"unscaled is a probability in [0, 1], got {self.unscaled}")
+
+
+PUBLISHED = HomographyConfig()
+
+
+class WarpedTargets(NamedTuple):
+    """Targets seen through a homography.
+
+    Attributes:
+        embedding: [B, C, h, w], on the same cell grid as its source; zero in cells whose source lies outside the image.
+        groups: integer [B, H, W], the source's own labels; 0 outside.
+        edges: float [B, H, W]; 0 outside.
+        valid: bool [B, H, W], whether the pixel shows a pixel of the source.
+    """
+
+    embedding: Float[Tensor, "b c h w"]
+    groups: Int[Tensor, "b H W"]
+    edges: Float[Tensor, "b H W"]
+    valid: Bool[Tensor, "b H W"]
+
+
+def sample_homographies(
+    count: int, size: tuple[int, int], *, generator: torch.Generator, config: HomographyConfig = PUBLISHED
+) -> Float[Tensor, "b 3 3"]:
+    """Random homographies as in the training of MTLDesc and SAMFeat.
+
+    The corners of the unit square move to a centred square, are sheared by a random perspective, scaled about their
+    centre, translated by at most ``overflow`` past the border and rotated about their centre, in this order.
+
+    Args:
+        count: number of homographies.
+        size: (height, width) of the images.
+        generator: source of all draws; the result lives on its device.
+        config: the distribution.
+
+    Returns:
+        float32, original to warped pixels, ``[2, 2] = 1``.
+    """
+    from kornia.geometry.transform import get_perspective_transform
+
+    device = generator.device
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(count, *shape, generator=generator, device=device, dtype=torch.float64)
+
+    def between(low: Tensor | float, high: Tensor | float, *shape: int) -> Tensor:
+        return low + (high - low) * uniform(*shape)
+
+    square = torch.tensor(UNIT_SQUARE, device=device, dtype=torch.float64)
+    quad = (1 - config.patch) / 2 + config.patch * square.expand(count, 4, 2)
+    dy, left, right = between(-config.perspective, config.perspective, 3).unbind(1)
+    shift = torch.stack([left, dy, left, -dy, right, dy, right, -dy], dim=1).view(count, 4, 2)
+    quad = quad + shift
+
+    scale = between(*config.scale, 1, 1)
+    scale = torch.where(uniform(1, 1) < config.unscaled, 1.0, scale)
+    centre = quad.mean(dim=1, keepdim=True)
+    quad = centre + scale * (quad - centre)
+
+    low = quad.abs().amin(dim=1, keepdim=True) + config.overflow
+    high = (1 - quad).abs().amin(dim=1, keepdim=True) + config.overflow
+    quad = quad + between(-low, high, 1, 2)
+
+    angle = between(-config.rotation, config.rotation)
+    rotation = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], dim=1).view(count, 2, 2)
+    centre = quad.mean(dim=1, keepdim=True)
+    quad = centre + (quad - centre) @ rotation.mT
+
+    height, width = size
+    extent = torch.tensor([width - 1, height - 1], device=device, dtype=torch.float64)
+    homographies = get_perspective_transform((square * extent).expand(count, 4, 2), quad * extent)
+    return (homographies / homographies[:, 2:, 2:]).float()
+
+
+def warp_points(points: Float[Tensor, "b n 2"], homographies: Float[Tensor, "b 3 3"]) -> Float[Tensor, "b n 2"]:
+    """Points (x, y) under homographies. Points on the horizon come out huge, but finite."""
+    px, py = points.unbind(-1)
+    rows = homographies.to(points.dtype).unsqueeze(-1).unbind(1)
+    # products and sums instead of a matmul: neither autocast nor TF32 may touch coordinates
+    x, y, z = (row[:, 0] * px + row[:, 1] * py + row[:, 2] for row in rows)
+    z = torch.where(z.abs() < 1e-8, 1e-8, z)
+    return torch.stack([x / z, y / z], dim=-1)
+
+
+def warp(
+    images: Float[Tensor, "b c H W"],
+    homographies: Float[Tensor, "b 3 3"],
+    *,
+    mode: Literal["bilinear", "nearest"] = "bilinear",
+) -> Float[Tensor, "b c H W"]:
+    """Images seen through homographies, on a canvas of their own size, with zeros where nothing maps to."""
+    height, width = images.shape[-2:]
+    return _sample(images, _sources(homographies, (height, width), (height, width)), mode=mode, border="zeros")
+
+
+def warp_targets(
+    embedding: Float[Tensor, "b c h w"],
+    groups: Int[Tensor, "b H W"],
+    edges: Float[Tensor, "b H W"],
+    homographies: Float[Tensor, "b 3 3"],
+) -> WarpedTargets:
+    """Targets of warped images from the targets of the clean ones.
+
+    The embedding is sampled bilinearly between its cell centres x = (j + 0.5) W / w - 0.5, edges bilinearly, groups
+    from the nearest pixel so that labels survive.
+
+    Args:
+        embedding: one vector a cell; the h x w cells cover exactly the H x W pixels.
+        groups: label map.
+        edges: edge strength, any range.
+        homographies: clean to warped pixels.
+    """
+    size = (groups.shape[-2], groups.shape[-1])
+    pixels = _sources(homographies, size, size)
+    cells = _sources(homographies, size, (embedding.shape[-2], embedding.shape[-1]))
+    valid = _inside(pixels, size)
+    labels = _sample(groups.unsqueeze(1).float(), pixels, mode="nearest", border="border").squeeze(1)
+    strength = _sample(edges.unsqueeze(1), pixels, mode="bilinear", border="border").squeeze(1)
+    vectors = _sample(embedding, cells, size, mode="bilinear", border="border")
+    return WarpedTargets(
+        embedding=vectors * _inside(cells, size).unsqueeze(1),
+        groups=labels.to(groups.dtype) * valid,
+        edges=strength * valid,
+        valid=valid,
+    )
+
+
+def rasterise(
+    keypoints: Float[Tensor, "b k 2"], mask: Bool[Tensor, "b k"], size: tuple[int, int]
+) -> Float[Tensor, "b H W"]:
+    """Detector labels: 1 at (round(x), round(y)) of every keypoint of the mask, 0 elsewhere.
+
+    Halves round to even; points outside ``size`` = (height, width) are dropped.
+    """
+    height, width = size
+    x, y = keypoints.float().round().unbind(-1)
+    mask = mask & (x >= 0) & (x < width) & (y >= 0) & (y < height)
+    index = y.clamp(0, height - 1).long() * width + x.clamp(0, width - 1).long()
+    labels = torch.zeros(len(keypoints), height * width, device=keypoints.device)
+    return labels.scatter_reduce(1, index, mask.float(), "amax").view(-1, height, width)
+
+
+def photometric(
+    images: Float[Tensor, "b 3 H W"], *, generator: torch.Generator, probability: float = 0.5
+) -> Float[Tensor, "b 3 H W"]:
+    """Photometric noise, drawn for each image on its own.
+
+    Brightness +-50, contrast 0.5 to 1.5 about the middle grey, Gaussian noise (equal in all channels) of deviation 0 to
+    10, impulse noise on up to 0.35 % of the values, and in half of the images a motion blur over 3 pixels.
+
+    Args:
+        images: values in [0, 255].
+        generator: source of all draws, on any device.
+        probability: share of the images that change at all.
+
+    Returns:
+        new images, values in [0, 255].
+    """
+    from kornia.filters import motion_blur
+
+    count, _, height, width = images.shape
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        draws = torch.rand(count, *shape, generator=generator, device=generator.device)
+        return low + (high - low) * draws.to(images.device)
+
+    def chance(share: float) -> Tensor:
+        return uniform(0, 1, 1, 1, 1) < share
+
+    middle = 127.0
+    noisy = (images + uniform(-50, 50, 1, 1, 1)).clamp(0, 255)
+    noisy = (middle + uniform(0.5, 1.5, 1, 1, 1) * (noisy - middle)).clamp(0, 255)
+    grain = torch.randn(count, 1, height, width, generator=generator, device=generator.device).to(images.device)
+    noisy = (noisy + uniform(0, 10, 1, 1, 1) * grain).clamp(0, 255)
+    hit = uniform(0, 1, *images.shape[1:]) < uniform(0, 0.0035, 1, 1, 1)
+    impulse = 255 * torch.sin(math.pi / 2 * uniform(0, 1, *images.shape[1:])) ** 2  # the Beta(1/2, 1/2) distribution
+    noisy = torch.where(hit, impulse, noisy)
+    blurred = motion_blur(noisy, 3, uniform(0, 360), uniform(-1, 1), border_type="reflect", mode="bilinear")
+    noisy = torch.where(chance(0.5), blurred, noisy)
+    return torch.where(chance(probability), noisy, images)
+
+
+def _sources(homographies: Tensor, size: tuple[int, int], cells: tuple[int, int]) -> Tensor:
+    """[B, h, w, 2]: where in the source image (pixels) the centres of h x w cells over the warped image come from."""
+    (height, width), (rows, columns) = size, cells
+    device = homographies.device
+    x = (torch.arange(columns, device=device, dtype=torch.float32) + 0.5) * (width / columns) - 0.5
+    y = (torch.arange(rows, device=device, dtype=torch.float32) + 0.5) * (height / rows) - 0.5
+    points = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).view(1, -1, 2)
+    inverse = torch.linalg.inv_ex(homographies.double()).inverse.float()
+    return warp_points(points.expand(len(homographies), -1, -1), inverse).view(-1, rows, columns, 2)
+
+
+def _sample(maps: Tensor, points: Tensor, size: tuple[int, int] | None = None, *, mode: str, border: str) -> Tensor:
+    """Maps [B, C, h, w] over images of ``size`` (default: one cell a pixel), read at the pixels ``points``."""
+    height, width = size or maps.shape[-2:]
+    grid = (2 * points + 1) / points.new_tensor([width, height]) - 1
+    return F.grid_sample(maps, grid.clamp(-4, 4).to(maps.dtype), mode, border, align_corners=False)
+
+
+def _inside(points: Tensor, size: tuple[int, int]) -> Tensor:
+    """Whether points fall on a pixel of an image, each pixel being a unit square about its centre."""
+    height, width = size
+    x, y = points.unbind(-1)
+    return (x >= -0.5) & (x < width - 0.5) & (y >= -0.5) & (y < height - 0.5)

@@ -1,0 +1,246 @@
+import cv2
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from samfeat.pipelines.homography import (
+    HomographyConfig,
+    photometric,
+    rasterise,
+    sample_homographies,
+    warp,
+    warp_points,
+    warp_targets,
+)
+from scipy.ndimage import map_coordinates
+from scipy.stats import kstest, uniform
+
+SIZE = (48, 64)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def mild(count: int, size: tuple[int, int], seed: int = 0) -> torch.Tensor:
+    return sample_homographies(
+        count, size, generator=seeded(seed), config=HomographyConfig(rotation=0.3, scale=(0.9, 1.2), perspective=0.1)
+    )
+
+
+def smooth(count: int, channels: int, size: tuple[int, int]) -> torch.Tensor:
+    """Blurred noise in [0, 255]: smooth enough for OpenCV's 1/32 pixel grid."""
+    noise = np.random.default_rng(0).uniform(0, 255, (count * channels, *size)).astype(np.float32)
+    return torch.from_numpy(np.stack([cv2.GaussianBlur(n, (0, 0), 3) for n in noise])).view(count, channels, *size)
+
+
+def translation(dx: float, dy: float) -> torch.Tensor:
+    return torch.tensor([[[1.0, 0, dx], [0, 1, dy], [0, 0, 1]]])
+
+
+def test_statistics_are_the_published_ones():
+    homographies = sample_homographies(3000, (400, 400), generator=seeded())
+    corners = torch.tensor([[[0.0, 0], [0, 399], [399, 399], [399, 0]]]).expand(3000, 4, 2)
+    quad = warp_points(corners, homographies)
+    scale = np.sqrt([cv2.contourArea(q) for q in quad.numpy()]) / 399
+    assert scale.mean() == pytest.approx(1.06, abs=0.02)
+    assert np.percentile(scale, [5, 95]) == pytest.approx([0.66, 1.59], abs=0.04)
+
+    left = quad[:, 1] - quad[:, 0]  # the perspective keeps this side vertical: it shows the rotation alone
+    angle = torch.atan2(-left[:, 0], left[:, 1]).numpy()
+    assert kstest(angle, uniform(-np.pi / 2, np.pi).cdf).pvalue > 0.01
+
+    axis = torch.arange(0, 400, 19, dtype=torch.float32)
+    points = torch.cartesian_prod(axis, axis).expand(3000, -1, 2)
+    warped = warp_points(points, homographies)
+    inside = ((warped >= 0) & (warped <= 399)).all(-1).float().mean(1).numpy()
+    assert inside.mean() == pytest.approx(0.71, abs=0.02)
+    assert np.median(inside) == pytest.approx(0.77, abs=0.03)
+    assert np.percentile(inside, 5) == pytest.approx(0.31, abs=0.03)
+
+
+def test_every_homography_is_convex_and_seeded():
+    homographies = sample_homographies(500, SIZE, generator=seeded(3))
+    corners = torch.tensor([[0.0, 0, 1], [63, 0, 1], [0, 47, 1], [63, 47, 1]])
+    assert homographies.dtype == torch.float32
+    assert ((corners @ homographies.mT)[..., 2] > 0).all()  # nothing of the image lies beyond the horizon
+    assert torch.equal(homographies, sample_homographies(500, SIZE, generator=seeded(3)))
+    assert not torch.equal(homographies, sample_homographies(500, SIZE, generator=seeded(4)))
+
+
+def test_no_freedom_left_gives_the_centred_square():
+    still = HomographyConfig(rotation=0, scale=(1, 1), perspective=0, overflow=-0.1)
+    homographies = sample_homographies(2, (101, 201), generator=seeded(), config=still)
+    corners = torch.tensor([[[0.0, 0], [0, 100], [200, 100], [200, 0]]]).expand(2, 4, 2)
+    expected = cv2.getPerspectiveTransform(corners[0].numpy(), np.float32([[20, 10], [20, 90], [180, 90], [180, 10]]))
+    assert homographies[1].numpy() == pytest.approx(expected, abs=1e-5)
+    assert warp_points(corners, homographies)[0].numpy() == pytest.approx(
+        np.array([[20, 10], [20, 90], [180, 90], [180, 10]]), abs=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    "values", [{"perspective": 0.4}, {"perspective": -0.1}, {"scale": (2.0, 0.8)}, {"scale": (0, 1)}, {"unscaled": 1.5}]
+)
+def test_impossible_distributions_are_refused(values):
+    with pytest.raises(ValueError, match=next(iter(values))):
+        HomographyConfig(**values)
+
+
+def test_warp_points_agrees_with_opencv():
+    homographies = sample_homographies(4, SIZE, generator=seeded())
+    points = torch.rand(4, 50, 2, generator=seeded(1)) * 60
+    for mine, h, p in zip(warp_points(points, homographies), homographies, points):
+        expected = cv2.perspectiveTransform(p.numpy()[None].astype(np.float64), h.double().numpy())[0]
+        assert mine.numpy() == pytest.approx(expected, abs=1e-3)
+
+
+def test_warp_points_survives_the_horizon():
+    horizon = torch.tensor([[[1.0, 0, 0], [0, 1, 0], [-1, 0, 5]]])
+    assert warp_points(torch.tensor([[[5.0, 1.0]]]), horizon).isfinite().all()
+
+
+def test_warp_agrees_with_opencv():
+    images = smooth(3, 3, SIZE)
+    homographies = mild(3, SIZE)
+    warped = warp(images, homographies)
+    interior = warp(torch.ones(3, 1, *SIZE), homographies)[:, 0] == 1
+    for image, h, mine, inside in zip(images, homographies, warped, interior):
+        expected = cv2.warpPerspective(image.permute(1, 2, 0).numpy(), h.double().numpy(), SIZE[::-1])
+        assert inside.float().mean() > 0.3
+        assert np.abs(expected - mine.permute(1, 2, 0).numpy())[inside.numpy()].max() < 0.5  # OpenCV steps by 1/32 px
+
+
+@pytest.mark.parametrize(("mode", "order"), [("bilinear", 1), ("nearest", 0)])
+def test_warp_agrees_with_scipy(mode, order):
+    images = smooth(2, 1, SIZE)
+    homographies = mild(2, SIZE, seed=5)
+    warped = warp(images, homographies, mode=mode)
+    y, x = np.mgrid[: SIZE[0], : SIZE[1]]
+    for image, h, mine in zip(images[:, 0], homographies, warped[:, 0]):
+        source = np.linalg.inv(h.double().numpy()) @ np.stack([x.ravel(), y.ravel(), np.ones(x.size)])
+        source = (source[1::-1] / source[2]).reshape(2, *SIZE)
+        expected = map_coordinates(image.numpy(), source, order=order, mode="constant")
+        off = np.abs(source - np.floor(source) - 0.5).min(0) < 1e-3 if order == 0 else np.zeros(SIZE, bool)
+        edge = (np.abs(source) < 1) | (np.abs(source - np.array(SIZE)[:, None, None] + 1) < 1)
+        compare = ~off & ~edge.any(0)  # scipy does not blend with the zeros around the image
+        assert compare.mean() > 0.7
+        assert np.abs(expected - mine.numpy())[compare].max() < 2e-3
+
+
+def test_warp_blends_into_a_zero_border():
+    warped = warp(torch.full((1, 1, 4, 4), 100.0), translation(1.5, 0))
+    assert warped[0, 0, 0].tolist() == pytest.approx([0, 50, 100, 100], abs=1e-3)
+
+
+@pytest.fixture
+def targets() -> dict[str, torch.Tensor]:
+    generator = seeded(7)
+    return {
+        "embedding": torch.randn(1, 5, 8, 8, generator=generator),
+        "groups": torch.randint(0, 65536, (1, 32, 32), generator=generator),
+        "edges": torch.rand(1, 32, 32, generator=generator) * 255,
+    }
+
+
+def test_targets_under_the_identity_are_unchanged(targets):
+    warped = warp_targets(**targets, homographies=torch.eye(3)[None])
+    assert warped.valid.all()
+    assert torch.equal(warped.groups, targets["groups"])
+    assert warped.groups.dtype == targets["groups"].dtype
+    assert torch.allclose(warped.edges, targets["edges"], atol=1e-3)
+    assert torch.allclose(warped.embedding, targets["embedding"], atol=1e-5)
+
+
+def test_targets_under_a_translation_roll(targets):
+    warped = warp_targets(**targets, homographies=translation(8, -4))  # two cells right, one cell up
+    valid = np.zeros((32, 32), bool)
+    valid[:28, 8:] = True
+    assert np.array_equal(warped.valid[0], valid)
+    assert np.array_equal(warped.groups[0], np.roll(targets["groups"][0], (-4, 8), (0, 1)) * valid)
+    assert warped.edges[0].numpy() == pytest.approx(np.roll(targets["edges"][0], (-4, 8), (0, 1)) * valid, abs=1e-3)
+    cells = valid[1::4, 1::4]
+    expected = np.roll(targets["embedding"][0], (-1, 2), (1, 2)) * cells
+    assert warped.embedding[0].numpy() == pytest.approx(expected, abs=1e-5)
+
+
+def test_targets_under_a_quarter_turn_rotate(targets):
+    quarter = torch.tensor([[[0.0, 1, 0], [-1, 0, 31], [0, 0, 1]]])  # (x, y) -> (y, 31 - x): counter-clockwise
+    warped = warp_targets(**targets, homographies=quarter)
+    assert warped.valid.all()
+    assert np.array_equal(warped.groups[0], np.rot90(targets["groups"][0]))
+    assert warped.edges[0].numpy() == pytest.approx(np.rot90(targets["edges"][0]), abs=1e-3)
+    expected = np.rot90(targets["embedding"][0], axes=(1, 2))
+    assert warped.embedding[0].numpy() == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_warped_embedding_agrees_with_its_upsampled_map():
+    size, cells = (96, 128), (24, 16)  # different cell sides in x and y
+    embedding = F.interpolate(torch.randn(1, 4, 4, 4, generator=seeded()), cells, mode="bicubic", align_corners=False)
+    full = F.interpolate(embedding, size, mode="bilinear", align_corners=False)
+    homography = mild(1, size, seed=2)
+    blank = torch.zeros(1, *size)
+    warped = warp_targets(embedding, blank.long(), blank, homography)
+    y = (np.arange(cells[0]) + 0.5) * size[0] / cells[0] - 0.5
+    x = (np.arange(cells[1]) + 0.5) * size[1] / cells[1] - 0.5
+    centres = np.stack(np.meshgrid(x, y), -1).reshape(1, -1, 2)
+    source = cv2.perspectiveTransform(centres, np.linalg.inv(homography[0].double().numpy()))[0]
+    inside = ((source > 0) & (source < np.array(size[::-1]) - 1)).all(1)
+    assert 0.4 < inside.mean() < 1
+    for channel, mine in zip(full[0].numpy(), warped.embedding[0].flatten(1).numpy()):
+        expected = map_coordinates(channel, source[inside].T[::-1], order=1)
+        assert mine[inside] == pytest.approx(expected, abs=0.03)
+
+
+def test_images_points_and_targets_move_together():
+    dot = torch.zeros(1, 1, *SIZE)
+    dot[0, 0, 20, 30] = 255
+    homography = mild(1, SIZE, seed=11)
+    x, y = warp_points(torch.tensor([[[30.0, 20.0]]]), homography)[0, 0].tolist()
+    image = warp(dot, homography)[0, 0].numpy()
+    edges = warp_targets(torch.zeros(1, 1, 6, 8), (dot[:, 0] > 0).long() * 9, dot[:, 0], homography).edges[0].numpy()
+    for picture in (image, edges):
+        rows, columns = np.mgrid[: SIZE[0], : SIZE[1]]
+        centroid = ((picture * columns).sum() / picture.sum(), (picture * rows).sum() / picture.sum())
+        assert centroid == pytest.approx((x, y), abs=0.3)
+
+
+def test_rasterise_rounds_half_to_even_and_drops_what_is_outside():
+    keypoints = torch.tensor([[[0.5, 1.5], [2.5, 0.4], [-0.6, 1.0], [3.6, 0.0], [1.0, 1.0], [-0.4, 2.4], [3.0, 2.6]]])
+    mask = torch.tensor([[True, True, True, True, False, True, True]])
+    labels = rasterise(keypoints, mask, (3, 4))
+    assert labels.dtype == torch.float32
+    assert labels[0].nonzero().tolist() == [[0, 2], [2, 0]]
+    assert labels.sum() == 2
+
+
+def test_rasterise_keeps_images_apart_and_accepts_none():
+    keypoints = torch.tensor([[[1.0, 2.0]], [[2.0, 1.0]]])
+    labels = rasterise(keypoints, torch.ones(2, 1, dtype=torch.bool), (4, 5))
+    assert labels.nonzero().tolist() == [[0, 2, 1], [1, 1, 2]]
+    assert rasterise(torch.zeros(2, 0, 2), torch.zeros(2, 0, dtype=torch.bool), (4, 5)).sum() == 0
+
+
+def test_photometric_changes_the_share_it_says():
+    images = smooth(60, 3, (16, 16))
+    noisy = photometric(images, generator=seeded(), probability=0.5)
+    changed = (noisy != images).flatten(1).any(1).float().mean()
+    assert 0.3 < changed < 0.7
+    assert noisy.shape == images.shape
+    assert noisy.min() >= 0
+    assert noisy.max() <= 255
+    assert torch.equal(photometric(images, generator=seeded(), probability=0), images)
+    assert torch.equal(noisy, photometric(images, generator=seeded()))
+
+
+def test_photometric_has_the_stated_strength():
+    grey = torch.full((400, 3, 24, 24), 127.0)
+    noisy = photometric(grey, generator=seeded(1), probability=1)
+    shift = noisy.mean((1, 2, 3)) - 127  # brightness U(-50, 50), times contrast U(0.5, 1.5)
+    assert shift.mean() == pytest.approx(0, abs=5)
+    assert shift.std() == pytest.approx(100 / 12**0.5 * (1 + 1 / 12) ** 0.5, rel=0.1)
+    channels = (noisy[:, 0] - noisy[:, 1]).abs() > 1e-3  # only impulses (and their blur) differ between channels
+    assert 0.001 < channels.float().mean() < 0.02
+    deviation = noisy.flatten(2).median(1).values.std(1)  # noise of each image, U(0, 10), half of them blurred
+    assert 2 < deviation.median() < 5.5
+    assert deviation.max() < 10.5
