@@ -32,6 +32,7 @@ from samfeat.teacher_cache.schema import (
 )
 from samfeat.teacher_cache.store import TeacherCache
 
+WEIGHTS = (".safetensors", ".pt")
 RECORDED = ("samfeat", "torch", "segment-anything", "zarr", "numpy", "opencv-python", "scikit-image")
 
 Pairs = list[tuple[np.ndarray, np.ndarray]]
@@ -54,7 +55,9 @@ class BuildSummary:
     failures: list[tuple[str, str]]
 
 
-def open_source(data: str | Path, *, crop_size: int | None = None, seed: int = 0) -> ImageSource:
+def open_source(
+    data: str | Path, *, crop_size: int | None = None, pairs_per_scene: int | None = None, seed: int = 0
+) -> ImageSource:
     """The image source that a folder holds, by its layout.
 
     ``scene_info/`` is raw MegaDepth, ``image/ keypoint/ despoint/`` MTLDesc's released set, anything else a folder of
@@ -63,6 +66,7 @@ def open_source(data: str | Path, *, crop_size: int | None = None, seed: int = 0
     Args:
         data: the folder.
         crop_size: side of the square crops in pixels; 400 where None. MTLDesc's crops have their own size.
+        pairs_per_scene: pairs drawn from each scene of MegaDepth; 100 where None. Nothing else has scenes.
         seed: seed of crops and pairs.
 
     Raises:
@@ -74,19 +78,83 @@ def open_source(data: str | Path, *, crop_size: int | None = None, seed: int = 0
         raise FileNotFoundError(f"{data}: no such folder. `samfeat-cli sample {data}` would write the embedded sample")
     if not data.is_dir():
         raise ValueError(f"{data} is a file: give the folder that holds the images")
+    megadepth = (data / "scene_info").is_dir()
+    if pairs_per_scene is not None and not megadepth:
+        raise ValueError(f"--pairs-per-scene is for raw MegaDepth: {data} holds no scene_info/")
     if all((data / part).is_dir() for part in ("image", "keypoint", "despoint")):
         if crop_size is not None:
             raise ValueError("--crop-size does not apply to MTLDesc's released set: its crops are used as they are")
         return MtldescSource(data, seed=seed)
     size = (crop_size or 400, crop_size or 400)
-    if (data / "scene_info").is_dir():
-        return MegaDepthSource(data, crop_size=size, seed=seed)
+    if megadepth:
+        return MegaDepthSource(data, crop_size=size, pairs_per_scene=pairs_per_scene or 100, seed=seed)
     return FolderSource(data, crop_size=size, seed=seed)
+
+
+def make_teacher(
+    name: str,
+    *,
+    checkpoint: Path | None = None,
+    downloads: Path | None = None,
+    device: str = "auto",
+    progress: Callable[[int, int], None] | None = None,
+) -> Teacher:
+    """A teacher by its name: ``classical``, or ``sam_vit_h``, ``sam_vit_l``, ``sam_vit_b``.
+
+    Args:
+        name: the teacher.
+        checkpoint: SAM's weights; fetched from the official address where None.
+        downloads: folder for fetched weights.
+        device: for SAM, ``auto``, ``cpu`` or ``cuda``.
+        progress: called with (bytes done, bytes in all) of a download.
+
+    Raises:
+        ValueError: unknown name, wrong checkpoint, no such device.
+        OSError: the download failed; calling again goes on.
+    """
+    if name == "classical":
+        from samfeat.teacher_cache.classical import ClassicalTeacher
+
+        if checkpoint is not None:
+            raise ValueError("--checkpoint belongs to a SAM teacher: the classical one has no weights")
+        return ClassicalTeacher()
+    if not name.startswith("sam_"):
+        raise ValueError(f"unknown teacher {name!r}: choose classical, sam_vit_h, sam_vit_l or sam_vit_b")
+    from samfeat.teacher_cache.checkpoints import fetch_checkpoint
+    from samfeat.teacher_cache.teacher import SamTeacher
+
+    model = name.removeprefix("sam_")
+    if checkpoint is None:
+        checkpoint = fetch_checkpoint(model, downloads or Path("checkpoints"), progress=progress)
+    return SamTeacher(model, checkpoint=checkpoint, device=device)
+
+
+def teacher_of(provenance: Provenance, *, checkpoint: Path | None = None) -> Teacher | None:
+    """The teacher that made a store, with the same parameters; None for SAM without a checkpoint.
+
+    Raises:
+        ValueError: the checkpoint, or this version of the teacher, is another one.
+    """
+    described = dict(provenance.teacher)
+    if described["name"] == "classical":
+        teacher = make_teacher("classical")
+    elif checkpoint is None:
+        return None
+    else:
+        from samfeat.teacher_cache.teacher import SamParameters, SamTeacher
+
+        parameters = {entry.name: described[entry.name] for entry in fields(SamParameters)}
+        teacher = SamTeacher(described["model"], checkpoint=checkpoint, **parameters)
+    given = Provenance(teacher.provenance(), provenance.source, provenance.labels, provenance.seed)
+    differences = provenance.differences(given)
+    if differences:
+        raise ValueError(f"the store was made by another teacher ({'; '.join(differences)})")
+    return teacher
 
 
 def label_detector(base: str) -> Detector:
     """The base detector of the homographic adaptation: an OpenCV detector, or a trained student by its weights."""
-    if not base.endswith((".safetensors", ".pt")):
+    if not base.endswith(WEIGHTS):
         return opencv_detector(base)
     from samfeat.student.extractor import SAMFeat
 
@@ -146,7 +214,7 @@ def build_cache(
     )
     cache = _create_or_continue(Path(path), spec, described)
     missing = cache.missing()
-    job = _Job(cache, source, teacher, labels, label_detector(labels.base), seed, _Counter(spec, missing, progress))
+    job = _Job(cache, source, teacher, labels, label_detector(labels.detector), seed, _Counter(spec, missing, progress))
     tasks = [dask.delayed(job.shard, pure=False)(shard) for shard in missing]
     try:
         dask.compute(*tasks, scheduler="threads", num_workers=workers or os.cpu_count() or 1)
@@ -244,7 +312,7 @@ def _create_or_continue(path: Path, spec: StoreSpec, provenance: Provenance) -> 
 
 def _label_provenance(labels: LabelConfig) -> dict[str, Any]:
     values = asdict(labels)
-    if Path(labels.base).is_file():
-        values["base_sha256"] = hashlib.sha256(Path(labels.base).read_bytes()).hexdigest()
-        values["base"] = Path(labels.base).name
+    if labels.detector.endswith(WEIGHTS):
+        values["detector"] = Path(labels.detector).name
+        values["detector_sha256"] = hashlib.sha256(Path(labels.detector).read_bytes()).hexdigest()
     return values

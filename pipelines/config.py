@@ -1,8 +1,8 @@
 """Every knob of training, once, typed.
 
 The defaults of these dataclasses are the ``default`` preset; ``configs/<preset>.yaml`` holds what another preset
-changes, and ``key=value`` arguments on the command line come last. The rows D1-D28 named below are the differences between the paper
-and the code its authors released; each is decided here or in :class:`samfeat.student.network.NetworkConfig`.
+changes, and ``key=value`` arguments on the command line come last. D1-D28 are the known differences between the paper
+and the code that its authors released; each is decided here or in :class:`samfeat.student.network.NetworkConfig`.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class LossConfig:
     Attributes:
         detection, descriptor, relation, edge, wsc: weights of the five terms; 0 leaves a term out.
         positive_weight: lambda of eq. 1.
-        epsilon: added inside the logarithms of eq. 1 (released: 1e-4; 0 = stable log-sigmoid) (D18).
+        detection_form: ``released`` (1e-4 inside the logarithms, which damps a saturated start) or ``paper`` (D18).
         deep_supervision: every detection head is supervised as well, not the fused map alone (D6).
         descriptor_temperature: T of eq. 6 (D7).
         descriptor_margin: the 1 of eq. 6.
@@ -77,7 +77,7 @@ class LossConfig:
     edge: float = 1.0
     wsc: float = 1.0
     positive_weight: float = 200.0
-    epsilon: float = 1e-4
+    detection_form: Literal["released", "paper"] = "released"
     deep_supervision: bool = False
     descriptor_temperature: float = 15.0
     descriptor_margin: float = 1.0

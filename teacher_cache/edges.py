@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
+import cv2
 import numpy as np
 import torch
+from scipy.ndimage import gaussian_filter, map_coordinates
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -17,7 +19,7 @@ Style = Literal["soft", "thinned", "binary"]
 STYLES: tuple[str, ...] = get_args(Style)
 
 BINARY_THRESHOLD = 0.25  # of the strength range [0, 1]; a ring of full strength keeps about 0.75 after the blur of 3
-ORIENTATION_SIGMA = 1.5  # pixels; scale at which the direction across an edge is read
+ORIENTATION_SIGMA = 2.0  # pixels; scale at which the direction across an edge is read
 CHUNK_PIXELS = 1 << 22  # mask pixels in flight: about eight float32 maps of this size
 
 
@@ -27,7 +29,7 @@ def edge_map(
     *,
     blur: int = 3,
     style: Style = "soft",
-    border: int = 0,
+    border: int = 1,
 ) -> np.ndarray:
     """Edge strength of an image from the probabilities of its masks.
 
@@ -42,8 +44,9 @@ def edge_map(
         blur: odd size of the Gaussian kernel in pixels (OpenCV's sigma for that size); 0 for none.
         style: ``soft`` stops after the blur, ``thinned`` leaves lines of one pixel with their strength, ``binary`` sets
             those of at least ``BINARY_THRESHOLD`` to 255 and all else to 0.
-        border: frame in pixels where the strength is set to 0 before it is stretched. A mask that reaches the frame of
-            the image has a boundary there for the Sobel filter; a border of 1 removes exactly those.
+        border: frame in pixels where the strength is set to 0 before it is stretched. For the Sobel filter a mask that
+            reaches the frame of the image ends there, with more contrast than any boundary inside: with a border of 0
+            the frame is an edge of full strength and all others are pressed towards 0. A border of 1 removes just that.
 
     Returns:
         uint8 [H, W], 0 (no edge) to 255; all 0 where there is no mask or no boundary.
@@ -115,28 +118,27 @@ def _stretch(edges: np.ndarray) -> np.ndarray:
 
 
 def _gaussian_blur(edges: np.ndarray, size: int) -> np.ndarray:
-    import cv2
-
     return cv2.GaussianBlur(edges, (size, size), 0) if size else edges
 
 
 def _thin(edges: np.ndarray) -> np.ndarray:
-    """Keep the pixels that are maxima across their edge (one side strictly, so that a plateau of two keeps one).
+    """Keep the pixels that are maxima across their edge, two pixels to either side (of a plateau of two one remains).
 
-    The direction across the edge is that of the strongest negative curvature: the gradient itself vanishes on a ridge.
+    The direction across the edge comes from the structure tensor: on a ridge the gradient itself vanishes.
     """
-    from scipy.ndimage import gaussian_filter, map_coordinates
 
-    def curvature(order: tuple[int, int]) -> np.ndarray:
-        return gaussian_filter(edges, ORIENTATION_SIGMA, order=order, mode="nearest")
+    def smooth(values: np.ndarray, order: tuple[int, int] = (0, 0)) -> np.ndarray:
+        return gaussian_filter(values, ORIENTATION_SIGMA, order=order, mode="nearest")
 
-    along = 0.5 * np.arctan2(2 * curvature((1, 1)), curvature((0, 2)) - curvature((2, 0)))
-    step_y, step_x = np.cos(along), -np.sin(along)  # perpendicular to the axis of largest curvature
+    gradient_x, gradient_y = smooth(edges, (0, 1)), smooth(edges, (1, 0))
+    across = 0.5 * np.arctan2(2 * smooth(gradient_x * gradient_y), smooth(gradient_x**2) - smooth(gradient_y**2))
+    step_y, step_x = np.sin(across), np.cos(across)
     side = np.where(step_x + 0.4 * step_y < 0, -1, 1)  # one side for all directions near the axes of the image
-    step_y, step_x = side * step_y, side * step_x
     y, x = np.indices(edges.shape)
 
-    def neighbour(sign: int) -> np.ndarray:
-        return map_coordinates(edges, [y + sign * step_y, x + sign * step_x], order=1, mode="constant")
+    def beside(sign: int) -> np.ndarray:
+        """The larger of the values at one and at two pixels across the edge."""
+        steps = [(y + sign * side * step * step_y, x + sign * side * step * step_x) for step in (1, 2)]
+        return np.maximum(*(map_coordinates(edges, at, order=1, mode="constant") for at in steps))
 
-    return np.where((edges >= neighbour(1)) & (edges > neighbour(-1)), edges, 0)
+    return np.where((edges >= beside(1)) & (edges > beside(-1)), edges, 0)

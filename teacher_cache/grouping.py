@@ -1,7 +1,7 @@
 """Overlapping masks -> their order, their table, their label map and their packed bytes.
 
-Masks overlap (whole, part, part of a part); a label map needs one mask a pixel. The smallest mask wins: it is the finest
-component that covers the pixel, which is the level that the paper's grouping speaks of (section III-B).
+Masks overlap (whole, part, part of a part); a label map needs one mask a pixel. The smallest mask wins: it is the
+finest component that covers the pixel, the level that the paper's grouping speaks of (section III-B).
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ def paint(stack: np.ndarray) -> np.ndarray:
 def sort_masks(stack: np.ndarray, table: np.ndarray) -> Masks:
     """The masks that are stored, in the order in which they are stored.
 
-    Empty masks are dropped. Of more than ``MAX_MASKS`` masks, those with the highest predicted IoU stay (of equal ones
-    the first). The order is by area, largest first, so that later masks lie on top of earlier ones; equally large masks
-    stand by predicted IoU, highest first, then as given. With :func:`paint`, the better of two equally large masks wins.
+    Empty masks are dropped. Of more than ``MAX_MASKS`` masks, those with the highest predicted IoU stay (of equal
+    ones the first). The order is by area, largest first, so that later masks lie on top of earlier ones; equally large
+    masks stand by predicted IoU, highest first, then as given: the better one wins in :func:`paint`.
 
     Args:
         stack: bool [K, H, W].
@@ -70,8 +70,8 @@ def describe(stack: np.ndarray, *, predicted_iou: np.ndarray, stability_score: n
         stability_score: float [K], in [0, 1].
     """
     _check_stack(stack)
-    left, width = _extent(stack.any(axis=1))
-    top, height = _extent(stack.any(axis=2))
+    left, width = _extent(np.any(stack, axis=1))
+    top, height = _extent(np.any(stack, axis=2))
     area = np.count_nonzero(stack, axis=(1, 2))
     return np.stack([area, predicted_iou, stability_score, left, top, width, height], axis=1).astype(np.float32)
 

@@ -1,27 +1,40 @@
 """Detector labels by homographic adaptation: an image and any detector -> points that survive changes of view.
 
 DeTone et al. 2018 (SuperPoint), section 5: a detector is run on many warped copies of an image; a point counts for as
-much as the share of the copies that could see it and found it. Unlike label sets made by keeping the first points in
-raster order, the best points of the whole image are kept.
+much as the share of the copies that could see it and found it. The best points of the whole image are kept, wherever in
+the image they lie.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import cv2
 import numpy as np
-from scipy.spatial import cKDTree
 
 from samfeat.teacher_cache.schema import MAX_KEYPOINTS
 
 Detector = Callable[[np.ndarray], np.ndarray]
-"""RGB uint8 [H, W, 3] -> float32 [K, 3]: x, y in pixels and a response, higher is better. Any order."""
+"""RGB uint8 [H, W, 3] -> float32 [K, 3]: x, y in pixels and a response (higher is better), in any order."""
 
-SHI_TOMASI_POINTS = 2000
-SHI_TOMASI_DISTANCE = 4  # pixels
-VOTE_SIGMA = 1.0  # pixels; how far apart two detections of one point may lie
+_OPENCV: dict[str, Callable[[], cv2.Feature2D]] = {
+    "agast": lambda: cv2.AgastFeatureDetector_create(),
+    "akaze": lambda: cv2.AKAZE_create(threshold=1e-4),
+    "brisk": lambda: cv2.BRISK_create(thresh=10),
+    "fast": lambda: cv2.FastFeatureDetector_create(threshold=5),
+    "gftt": lambda: cv2.GFTTDetector_create(maxCorners=0, qualityLevel=1e-3, minDistance=3),
+    "harris": lambda: cv2.GFTTDetector_create(maxCorners=0, qualityLevel=1e-5, minDistance=3, useHarrisDetector=True),
+    "kaze": lambda: cv2.KAZE_create(threshold=1e-4),
+    "orb": lambda: cv2.ORB_create(nfeatures=5000, fastThreshold=5),
+    "sift": lambda: cv2.SIFT_create(contrastThreshold=0.01),
+}
+
+DETECTORS = tuple(_OPENCV)
+"""Names that :func:`opencv_detector` knows. ``gftt`` is Shi & Tomasi's corner measure."""
+
+VOTE_SIGMA = 1.0  # pixels; detections of one point in two views agree to about this
+QUORUM = 0.25  # a pixel that fewer views see counts as seen by this share of them
 
 
 @dataclass(frozen=True)
@@ -30,10 +43,10 @@ class LabelConfig:
 
     Attributes:
         detector: base detector, one of ``DETECTORS``.
-        homographies: random warps besides the unwarped image.
-        points: detections that are used of each view, best responses first.
+        homographies: random views besides the image itself.
+        points: detections used of each view, best responses first.
         threshold: least share of the views, of those that see a point, that must have found it; 0 to 1.
-        nms_radius: no two labels are closer than this in x and in y, in pixels.
+        nms_radius: of two labels that are this close in both x and y, in pixels, the better one stays.
         max_keypoints: labels kept, the best of the whole image.
         border: detections this close to the edge of what a view sees are not believed, in pixels.
     """
@@ -41,22 +54,38 @@ class LabelConfig:
     detector: str = "gftt"
     homographies: int = 24
     points: int = 500
-    threshold: float = 0.2
+    threshold: float = 0.1
     nms_radius: int = 4
     max_keypoints: int = 512
     border: int = 4
 
     def __post_init__(self) -> None:
         opencv_detector(self.detector)
-        if self.homographies < 0 or self.points < 1 or self.nms_radius < 0 or self.border < 0:
+        if min(self.homographies, self.nms_radius, self.border) < 0 or self.points < 1:
             raise ValueError(
                 "homographies, nms_radius and border are at least 0 and points at least 1, got "
                 f"{self.homographies}, {self.nms_radius}, {self.border} and {self.points}"
             )
         if not 0 <= self.threshold <= 1:
-            raise ValueError(f"threshold is a share of the views between 0 and 1, got {self.threshold}")
+            raise ValueError(f"threshold is a share of the views, 0 to 1, got {self.threshold}")
         if not 1 <= self.max_keypoints <= MAX_KEYPOINTS:
-            raise ValueError(f"max_keypoints is between 1 and {MAX_KEYPOINTS}, got {self.max_keypoints}")
+            raise ValueError(f"max_keypoints is 1 to {MAX_KEYPOINTS}, got {self.max_keypoints}")
+
+
+def opencv_detector(name: str) -> Detector:
+    """One of OpenCV's detectors, set to find weak points too, so that the response decides which are kept.
+
+    Raises:
+        ValueError: ``name`` is not in ``DETECTORS``.
+    """
+    if name not in _OPENCV:
+        raise ValueError(f"no detector is called {name!r}: choose one of {', '.join(DETECTORS)}")
+
+    def detect(image: np.ndarray) -> np.ndarray:
+        found = _OPENCV[name]().detect(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), None)
+        return np.array([(*point.pt, point.response) for point in found], np.float32).reshape(-1, 3)
+
+    return detect
 
 
 def adapt(image: np.ndarray, detector: Detector, config: LabelConfig, *, seed: int) -> np.ndarray:
@@ -64,12 +93,12 @@ def adapt(image: np.ndarray, detector: Detector, config: LabelConfig, *, seed: i
 
     Args:
         image: uint8 [H, W, 3], RGB.
-        detector: what is adapted; ``config.detector`` is not looked at.
-        config: numbers of views and points.
-        seed: of the random homographies. Equal arguments give equal labels.
+        detector: what is adapted, ``opencv_detector(config.detector)`` or any other.
+        config: numbers of views and points; its ``detector`` is not looked at.
+        seed: of the random views. Equal arguments give equal labels.
 
     Returns:
-        float32 [K, 3]: x, y in pixels (refined below a pixel) and a score in [0, 1], best first.
+        float32 [K, 3]: x, y in pixels, to a fraction of a pixel, and the score in [0, 1], best first.
 
     Raises:
         ValueError: ``image`` is not uint8 [H, W, 3].
@@ -78,55 +107,120 @@ def adapt(image: np.ndarray, detector: Detector, config: LabelConfig, *, seed: i
         raise ValueError(f"an image is uint8 [H, W, 3] in RGB, got {image.dtype} {image.shape}")
     size = image.shape[:2]
     rng = np.random.default_rng(seed)
+    views = [np.eye(3), *(random_homography(size, rng) for _ in range(config.homographies))]
     votes, seen = np.zeros(size, np.float32), np.zeros(size, np.float32)
-    for homography in [np.eye(3)] + [random_homography(size, rng) for _ in range(config.homographies)]:
-        found, visible = _view(image, detector, homography, config)
+    for homography in views:
+        found, visible = _vote(image, detector, homography, config)
         votes += found
         seen += visible
-    share = np.divide(votes, seen, out=np.zeros_like(votes), where=seen > 0)
-    return _best_maxima(share, config)
+    return _best_maxima(votes / np.maximum(seen, QUORUM * len(views)), config)
 
 
 def random_homography(size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    """Random view of an image: float64 [3, 3], from its pixels to those of a view of the same size.
+    """A random view of an image of ``size`` = (height, width): float64 [3, 3], pixels of the image -> of the view.
 
-    A centred rectangle of 0.85 of the image's sides is bent (perspective up to 0.15 of a side), scaled by 0.7 to 1.4,
-    turned by up to 60 degrees and moved, and is then seen as the whole view.
+    A centred frame of 0.85 of the image is bent (each corner by up to 0.15 of a half side), scaled by 0.7 to 1.4, turned
+    by up to 60 degrees and moved by up to 0.15 of a half side; it then fills a view of the same size. Milder than the
+    views that the student is trained on, since labels need points that most views can see.
     """
     corners = np.array([[-1.0, -1.0], [1.0, -1.0], [1.0, 1.0], [-1.0, 1.0]])
-    aspect = np.array([size[1], size[0]]) / 2
-    quad = 0.85 * corners * (1 + rng.uniform(-0.15, 0.15, (4, 2)))
+    half = np.array([size[1], size[0]]) / 2
     angle, scale = rng.uniform(-np.pi / 3, np.pi / 3), 2 ** rng.uniform(-0.5, 0.5)
     turn = scale * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    quad = quad * aspect @ turn.T + rng.uniform(-0.15, 0.15, 2) * aspect
-    centre = (np.array([size[1], size[0]]) - 1) / 2
-    source, target = quad + centre, corners * aspect + centre
+    bent = 0.85 * (corners + rng.uniform(-0.15, 0.15, (4, 2)))
+    frame = (bent * half) @ turn.T + rng.uniform(-0.15, 0.15, 2) * half
+    source, target = frame + half - 0.5, corners * half + half - 0.5
     return cv2.getPerspectiveTransform(source.astype(np.float32), target.astype(np.float32))
 
 
 def transform(points: np.ndarray, homography: np.ndarray) -> np.ndarray:
     """Points (x, y) through a homography: float [K, 2] -> float64 [K, 2]."""
-    mapped = np.column_stack([points, np.ones(len(points))]) @ homography.T
+    mapped = points @ homography[:, :2].T + homography[:, 2]
     return mapped[:, :2] / mapped[:, 2:]
 
 
 def repeatability(
     points0: np.ndarray, points1: np.ndarray, homography: np.ndarray, size: tuple[int, int], *, radius: float = 3
 ) -> float:
-    """Share of the points in the common area of two images that were found in both (Mikolajczyk & Schmid 2004).
+    """Share of the points in the area common to two images that both images have.
 
-    Points of either image that fall outside the other are left out. A point is repeated where the other image has a
-    point within ``radius`` of the place it is mapped to; the share is of the points of both images together, each
-    measured in the other image, as SuperPoint's evaluation does (DeTone et al. 2018, section 7.2).
+    As in DeTone et al. 2018, appendix A: points that the other image does not show are left out; a point is repeated
+    where the other image has a point within ``radius`` of the place it is mapped to, measured in image 1 for the points
+    of image 0 and in image 0 for those of image 1; the share is taken over the points of both.
 
     Args:
         points0: float [K, 2 or more], (x, y, ...) in image 0.
         points1: float [L, 2 or more], in image 1.
-        homography: pixels of image 0 -> pixels of image 1.
-        size: (height, width) of image 1; image 0 has the same, or pass ``((h0, w0), (h1, w1))``.
+        homography: [3, 3], pixels of image 0 -> pixels of image 1.
+        size: (height, width) of both images.
         radius: pixels.
 
     Returns:
-        0 to 1; nan where the common area holds no point.
+        0 to 1; nan where neither image has a point in the common area.
     """
-    raise NotImplementedError
+    from scipy.spatial import KDTree
+
+    backward = np.linalg.inv(homography)
+    limit = np.array([size[1], size[0]]) - 0.5
+
+    def shown(points: np.ndarray, onward: np.ndarray) -> np.ndarray:
+        mapped = transform(points, onward)
+        return points[((mapped >= -0.5) & (mapped < limit)).all(axis=1)]
+
+    common0, common1 = shown(points0[:, :2], homography), shown(points1[:, :2], backward)
+    if not len(common0) + len(common1):
+        return float("nan")
+    distance0 = KDTree(common1).query(transform(common0, homography))[0] if len(common1) else np.full(len(common0), np.inf)
+    distance1 = KDTree(common0).query(transform(common1, backward))[0] if len(common0) else np.full(len(common1), np.inf)
+    return float(np.mean(np.concatenate([distance0, distance1]) <= radius))
+
+
+def _vote(
+    image: np.ndarray, detector: Detector, homography: np.ndarray, config: LabelConfig
+) -> tuple[np.ndarray, np.ndarray]:
+    """What one view says about the image's pixels: votes in [0, 1] and visibility 0 or 1, both float32 [H, W]."""
+    height, width = image.shape[:2]
+    view = cv2.warpPerspective(image, homography, (width, height), flags=cv2.INTER_LINEAR)
+    inside = cv2.warpPerspective(np.ones((height, width), np.uint8), homography, (width, height), flags=cv2.INTER_NEAREST)
+    reach = 2 * config.border + 1
+    inside = cv2.erode(inside, np.ones((reach, reach), np.uint8), borderType=cv2.BORDER_CONSTANT, borderValue=0)
+    visible = cv2.warpPerspective(
+        inside, homography, (width, height), flags=cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP
+    ).astype(np.float32)
+
+    found = detector(view)
+    column, row = np.clip(np.rint(found[:, :2]).astype(int), 0, (width - 1, height - 1)).T
+    found = found[inside[row, column] > 0]
+    found = found[np.argsort(-found[:, 2], kind="stable")[: config.points]]
+    column, row = np.rint(transform(found[:, :2], np.linalg.inv(homography))).astype(int).T
+    kept = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+    votes = np.zeros((height, width), np.float32)
+    votes[row[kept], column[kept]] = 2 * np.pi * VOTE_SIGMA**2  # a lone vote peaks at about 1 after the blur
+    return np.minimum(cv2.GaussianBlur(votes, (0, 0), VOTE_SIGMA), 1) * visible, visible
+
+
+def _best_maxima(share: np.ndarray, config: LabelConfig) -> np.ndarray:
+    """The highest local maxima of a map in [0, 1]: float32 [K, 3] of (x, y, score), best first."""
+    radius = config.nms_radius
+    peak = (share == cv2.dilate(share, np.ones((2 * radius + 1, 2 * radius + 1), np.uint8))) & (share >= max(config.threshold, 1e-6))
+    row, column = np.nonzero(peak)
+    free = np.ones(share.shape, bool)
+    kept: list[tuple[float, float, float]] = []
+    for i in np.argsort(-share[row, column], kind="stable"):
+        y, x = row[i], column[i]
+        if not free[y, x]:  # a plateau has several equal maxima
+            continue
+        free[max(0, y - radius) : y + radius + 1, max(0, x - radius) : x + radius + 1] = False
+        kept.append((x + _offset(share[y, :], x), y + _offset(share[:, x], y), share[y, x]))
+        if len(kept) == config.max_keypoints:
+            break
+    return np.array(kept, np.float32).reshape(-1, 3)
+
+
+def _offset(line: np.ndarray, at: int) -> float:
+    """Position of the top of the parabola through three neighbours of a maximum, relative to it: -0.5 to 0.5."""
+    if not 0 < at < len(line) - 1:
+        return 0.0
+    before, here, after = (float(value) for value in line[at - 1 : at + 2])
+    curvature = before - 2 * here + after
+    return 0.5 * (before - after) / curvature if curvature < 0 else 0.0

@@ -1,0 +1,374 @@
+"""samfeat-cli: options and one call each. All that is heavy is imported inside the commands."""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Local features taught by the Segment Anything Model.\n\n"
+    "The whole way on the embedded sample: [bold]sample[/], [bold]teacher-cache[/], [bold]inspect-cache[/], "
+    "[bold]train[/], [bold]evaluate[/], [bold]match[/]. Every command has its own --help.",
+)
+console = Console(highlight=False)
+errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+USER_ERROR, INTERRUPTED = 2, 130
+
+
+class Method(StrEnum):
+    """Features that can be extracted, matched and evaluated."""
+
+    samfeat = "samfeat"
+    sift = "sift"
+    orb = "orb"
+
+
+class TeacherName(StrEnum):
+    """Teachers of stage one."""
+
+    classical = "classical"
+    sam_vit_h = "sam_vit_h"
+    sam_vit_l = "sam_vit_l"
+    sam_vit_b = "sam_vit_b"
+
+
+class Device(StrEnum):
+    """Where to compute."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class FeatureFormat(StrEnum):
+    """How extracted features are written."""
+
+    hloc = "hloc"
+    d2net = "d2net"
+
+
+class Verification(StrEnum):
+    """Geometric verification of matches."""
+
+    none = "none"
+    fundamental = "fundamental"
+    homography = "homography"
+
+
+MethodOption = Annotated[Method, typer.Option(help="Features: ours, or OpenCV's for comparison.")]
+WeightsOption = Annotated[
+    Path | None, typer.Option(help="Weights of --method samfeat: .safetensors of `train`, or the authors' .pt.")
+]
+DeviceOption = Annotated[Device, typer.Option(help="auto takes a GPU where there is one.")]
+KeypointsOption = Annotated[
+    int | None, typer.Option(min=1, help="Keep at most so many keypoints an image, best first.")
+]
+
+
+@app.command()
+def sample(
+    folder: Annotated[Path, typer.Argument(help="Where to write it; made where absent.")] = Path("sample"),
+    seed: Annotated[int, typer.Option(help="Seed of poses, light and noise.")] = 0,
+) -> None:
+    """Write the embedded sample: a small data set with exact geometry, in raw MegaDepth's own layout."""
+    from samfeat.pipelines.sample import write_sample
+
+    with _bar("rendering the sample") as bar:
+        summary = write_sample(folder, seed=seed, progress=bar)
+    console.print(f"[bold]{folder}[/]: {summary}")
+
+
+@app.command("teacher-cache")
+def teacher_cache(
+    data: Annotated[Path, typer.Option(help="Raw MegaDepth, MTLDesc's released set, or any folder of photographs.")],
+    cache: Annotated[Path, typer.Option(help="Folder for the store; other stores in it stay.")] = Path("teacher_cache"),
+    name: Annotated[str | None, typer.Option(help="Name of the store; by default <data>-<teacher>.")] = None,
+    teacher: Annotated[
+        TeacherName, typer.Option(help="classical needs no weights and no GPU.")
+    ] = TeacherName.classical,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="SAM's checkpoint; downloaded from the official address where not given.")
+    ] = None,
+    crop_size: Annotated[int | None, typer.Option(min=64, help="Side of the crops in pixels; 400 by default.")] = None,
+    pairs_per_scene: Annotated[
+        int | None, typer.Option(min=1, help="Pairs of each MegaDepth scene; 100 by default.")
+    ] = None,
+    labels: Annotated[
+        str | None, typer.Option(help="Base detector of the keypoint labels: sift, gftt, ... or a student's weights.")
+    ] = None,
+    device: DeviceOption = Device.auto,
+    workers: Annotated[int | None, typer.Option(min=1, help="Shards in flight; by default one a processor.")] = None,
+    shard_images: Annotated[int, typer.Option(min=2, help="Images of a shard, the unit that is done or not.")] = 32,
+    seed: Annotated[int, typer.Option(help="Seed of crops, pairs and label homographies.")] = 0,
+) -> None:
+    """Stage one: run the teacher over images and store what it sees. Run again to go on after an interruption."""
+    from samfeat.pipelines.build_cache import build_cache, make_teacher, open_source
+    from samfeat.teacher_cache.keypoints import LabelConfig
+
+    source = open_source(data, crop_size=crop_size, pairs_per_scene=pairs_per_scene, seed=seed)
+    with _bar("fetching SAM's checkpoint", bytes_=True) as bar:
+        made = make_teacher(
+            teacher.value, checkpoint=checkpoint, downloads=cache / "checkpoints", device=device.value, progress=bar
+        )
+    path = cache / f"{name or f'{data.resolve().name}-{teacher.value}'}.zarr"
+    with _bar(f"{teacher.value} teacher") as bar:
+        summary = build_cache(
+            path,
+            source,
+            made,
+            labels=LabelConfig(detector=labels) if labels else LabelConfig(),
+            seed=seed,
+            shard_images=shard_images,
+            workers=workers,
+            progress=bar,
+        )
+    console.print(f"[bold]{summary.path}[/]: {summary.images} images, {summary.written} of them written now")
+    if summary.failures:
+        for failed, reason in summary.failures:
+            errors.print(f"skipped {failed}: {reason}", markup=False)
+        raise ValueError(f"{len(summary.failures)} of {summary.images} images could not be used; all others are stored")
+
+
+@app.command("inspect-cache")
+def inspect_cache(
+    cache: Annotated[Path, typer.Argument(help="The cache folder, or one store.")] = Path("teacher_cache"),
+    image: Annotated[str | None, typer.Option(help="Show one image: its name, or a part of it.")] = None,
+    pair: Annotated[int | None, typer.Option(help="Show one pair, by number.")] = None,
+    out: Annotated[Path, typer.Option(help="Picture that --image and --pair write.")] = Path("inspect.png"),
+    html: Annotated[Path | None, typer.Option(help="Write a self-contained gallery.")] = None,
+    gallery: Annotated[int, typer.Option(min=1, help="Images in the gallery, evenly from the store.")] = 24,
+    verify: Annotated[bool, typer.Option("--verify", help="Check every stored value.")] = False,
+    recompute: Annotated[int, typer.Option(min=0, help="With --verify: images to give to the teacher again.")] = 3,
+    checkpoint: Annotated[Path | None, typer.Option(help="SAM's checkpoint, for --verify with a SAM teacher.")] = None,
+) -> None:
+    """Look at the stored targets: a summary, pictures, a gallery, a check of everything."""
+    from samfeat.pipelines import inspect_cache as inspect
+
+    stores = inspect.open_stores(cache)
+    if image is not None:
+        console.print(inspect.picture_of_image(stores, image, out))
+    elif pair is not None:
+        console.print(inspect.picture_of_pair(stores, pair, out))
+    else:
+        for store in stores:
+            console.print(inspect.summary(store))
+    if html is not None:
+        with _bar("drawing the gallery") as bar:
+            console.print(inspect.write_gallery(stores, html, images=gallery, progress=bar))
+    if verify:
+        with _bar("verifying") as bar:
+            problems = inspect.verify(
+                stores, recompute=recompute, checkpoint=checkpoint, report=console.print, progress=bar
+            )
+        if problems:
+            for problem in problems[:50]:
+                errors.print(problem, markup=False)
+            raise ValueError(f"{len(problems)} problems found: delete the store and build it again")
+        console.print("[green]verified[/]: everything in order")
+
+
+@app.command()
+def train(
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Configuration changes, such as optimiser.batch_size=4 losses.wsc=0.")
+    ] = None,
+    cache: Annotated[Path, typer.Option(help="The cache folder, or one store.")] = Path("teacher_cache"),
+    out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/default"),
+    preset: Annotated[str, typer.Option(help="default, paper, released, sample, or a .yaml file.")] = "default",
+    resume: Annotated[str, typer.Option(help="auto goes on from the run's checkpoint where there is one.")] = "never",
+    overfit: Annotated[
+        bool, typer.Option("--overfit", help="Train on one batch only, to see the losses fall.")
+    ] = False,
+) -> None:
+    """Stage two: train the student from cached targets. Ctrl-C saves; --resume auto goes on."""
+    if resume not in ("never", "auto"):
+        raise ValueError(f"--resume {resume}: choose never or auto")
+    _must_exist(cache)
+    from samfeat.pipelines.config import load_config
+    from samfeat.pipelines.train import train as run
+
+    config = load_config(preset, overrides or [])
+    with _training_line() as line:
+        summary = run(cache, out, config, resume=resume == "auto", overfit=overfit, progress=line)
+    first, last = summary.first, summary.last
+    console.print(
+        f"[bold]{summary.folder}[/]: {summary.steps} steps. Held-out views: MMA@3 {first['mma@3']:.3f} untrained, "
+        f"[bold]{last['mma@3']:.3f}[/] trained ({last['matches']:.0f} matches a pair)"
+    )
+
+
+@app.command()
+def extract(
+    images: Annotated[Path, typer.Argument(help="A folder of images, or a text file with one path a line.")],
+    output: Annotated[Path, typer.Argument(help="An .h5 file (hloc), or a folder (d2net).")],
+    method: MethodOption = Method.samfeat,
+    weights: WeightsOption = None,
+    format_: Annotated[
+        FeatureFormat, typer.Option("--format", help="hloc's HDF5, or D2-Net's npz.")
+    ] = FeatureFormat.hloc,
+    max_keypoints: KeypointsOption = None,
+    device: DeviceOption = Device.auto,
+) -> None:
+    """Extract features of many images. Run again to go on after an interruption."""
+    _must_exist(images, *([weights] if weights else []))
+    from samfeat.pipelines.extract import extract_folder, load_method
+
+    chosen = load_method(method.value, weights=weights, max_keypoints=max_keypoints, device=device.value)
+    summary = extract_folder(images, output, method=chosen, format=format_.value)
+    console.print(summary)
+
+
+@app.command("match")
+def match_command(
+    image0: Annotated[Path, typer.Argument(help="First photograph.")],
+    image1: Annotated[Path, typer.Argument(help="Second photograph.")],
+    out: Annotated[Path, typer.Option(help="Picture of the matches.")] = Path("matches.png"),
+    method: MethodOption = Method.samfeat,
+    weights: WeightsOption = None,
+    verify: Annotated[
+        Verification, typer.Option(help="Geometric verification by MAGSAC++.")
+    ] = Verification.fundamental,
+    max_keypoints: KeypointsOption = None,
+    device: DeviceOption = Device.auto,
+) -> None:
+    """Match two photographs and draw the result."""
+    _must_exist(image0, image1, *([weights] if weights else []))
+    from samfeat.pipelines.extract import load_method
+    from samfeat.pipelines.match import match_images
+
+    chosen = load_method(method.value, weights=weights, max_keypoints=max_keypoints, device=device.value)
+    console.print(match_images(image0, image1, out, method=chosen, verify=verify.value))
+
+
+@app.command()
+def evaluate(
+    benchmark: Annotated[str, typer.Argument(help="hpatches: mean matching accuracy on image sequences.")],
+    data: Annotated[Path, typer.Option(help="Folder of sequences: <name>/1..6.ppm|png|jpg with H_1_2..H_1_6.")],
+    out: Annotated[Path, typer.Option(help="Folder for features, results.json, table and figure.")] = Path(
+        "runs/hpatches"
+    ),
+    method: MethodOption = Method.samfeat,
+    weights: WeightsOption = None,
+    max_keypoints: KeypointsOption = None,
+    device: DeviceOption = Device.auto,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Predict again where the settings changed.")] = False,
+) -> None:
+    """Evaluate features. Predicts once, then evaluates from the stored features."""
+    if benchmark != "hpatches":
+        raise ValueError(f"unknown evaluation {benchmark!r}: there is hpatches")
+    _must_exist(data, *([weights] if weights else []))
+    from samfeat.pipelines.extract import load_method
+    from samfeat.pipelines.hpatches import evaluate_hpatches
+
+    chosen = load_method(method.value, weights=weights, max_keypoints=max_keypoints, device=device.value)
+    console.print(evaluate_hpatches(data, out, method=chosen, overwrite=overwrite))
+
+
+def main() -> None:
+    """Entry point: every user error is one line on stderr and exit code 2; Ctrl-C is exit code 130.
+
+    ``SAMFEAT_TRACEBACK=1`` shows the traceback instead, for reporting a bug.
+    """
+    try:
+        app(standalone_mode=True)
+    except KeyboardInterrupt:
+        errors.print("interrupted: what is finished is kept, the same command goes on")
+        sys.exit(INTERRUPTED)
+    except (ValueError, OSError) as error:
+        if os.environ.get("SAMFEAT_TRACEBACK"):
+            raise
+        errors.print(f"error: {_one_line(error)}", markup=False, style="red")
+        sys.exit(USER_ERROR)
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.errno is not None:
+        import errno
+
+        where = f"{error.filename}: " if error.filename else ""
+        if error.errno == errno.ENOSPC:
+            return (
+                f"{where}no space left on the disk: free some, then run the same command again; finished work is kept"
+            )
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            return f"{where}no permission to write or read there: choose another folder, or change its permissions"
+        return f"{where}{error.strerror or error}"
+    return " ".join(str(error).split())
+
+
+def _must_exist(*paths: Path) -> None:
+    for path in paths:
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: no such file or folder")
+
+
+@contextmanager
+def _bar(title: str, *, bytes_: bool = False) -> Iterator[Any]:
+    """A progress bar with an ETA, as a function of (done, total)."""
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+    from rich.progress import Progress as Bar
+
+    columns = (DownloadColumn(),) if bytes_ else (MofNCompleteColumn(),)
+    with Bar(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        *columns,
+        TextColumn("elapsed"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        speed_estimate_period=120,
+    ) as progress:
+        task: Any = None
+
+        def update(done: int, total: int) -> None:
+            nonlocal task
+            if task is None:
+                task = progress.add_task(title, total=total)
+            progress.update(task, completed=done, total=total)
+
+        yield update
+
+
+@contextmanager
+def _training_line() -> Iterator[Any]:
+    """A live line of loss terms, images/s and validation under a bar with an ETA."""
+    with _bar("training") as bar:
+
+        def update(state: Any) -> None:
+            terms = "  ".join(f"{name} {value:.3f}" for name, value in state.terms.items())
+            bar(state.step, state.steps)
+            mma = state.validation.get("mma@3", float("nan"))
+            console.print(
+                f"step {state.step:>6}  {terms}  [dim]{state.images_per_second:.1f} images/s  MMA@3 {mma:.3f}[/]"
+            )
+
+        yield update
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+"""Reads the files of raw MegaDepth: scene files, as D2-Net's and LoFTR's preprocessing write them, and depth maps.
+
+Scene files are npz with, for each image of a scene, ``image_paths``, ``depth_paths``, ``intrinsics`` (3 x 3, pixels),
+and ``poses`` (4 x 4, world to camera); None stands where an image has no depth. D2-Net adds ``overlap_matrix`` (share of
+the row image's 3-D points that the column image sees too, -1 where unknown) and ``scale_ratio_matrix``; LoFTR lists
+``pair_infos``, rows of ((i, j), overlap, ...). Most of these are pickled object arrays. A pickle can run any program,
+so they are rebuilt by an unpickler that knows numpy's arrays and scalars and refuses everything else.
+"""
+
+from __future__ import annotations
+
+import pickle
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path, PureWindowsPath
+from typing import IO, Any
+
+import h5py
+import numpy as np
+
+_NUMPY_PARTS = frozenset(
+    f"numpy.{core}.{name}"
+    for core in ("core", "_core")
+    for name in ("multiarray._reconstruct", "multiarray.scalar", "numeric._frombuffer")
+) | {"numpy.ndarray", "numpy.dtype", "_codecs.encode"}
+_ARCHIVE_FOLDERS = ("", "phoenix/S6/zl548/", "phoenix/S6/zl548/MegaDepth_v1/")
+_READ_ERRORS = (
+    ValueError,
+    OSError,
+    EOFError,
+    KeyError,
+    IndexError,
+    TypeError,
+    AttributeError,
+    struct.error,
+    zlib.error,
+)
+
+
+@dataclass(frozen=True)
+class SceneInfo:
+    """The images of a scene and the pairs among them.
+
+    Attributes:
+        name: stem of the scene file.
+        image_paths, depth_paths: relative to the data set's root; None where an image has no depth.
+        intrinsics: K of every image, float64 [3, 3], in pixels, or None.
+        poses: world to camera of every image, float64 [4, 4], or None.
+        pairs: int64 [n, 2], ordered pairs (i, j) of images that both have depth.
+        overlap: float64 [n], share of image i that image j sees, in [0, 1].
+        scale_ratio: float64 [n], apparent size of what both see, at least 1; None where the file does not say.
+    """
+
+    name: str
+    image_paths: list[str | None]
+    depth_paths: list[str | None]
+    intrinsics: list[np.ndarray | None]
+    poses: list[np.ndarray | None]
+    pairs: np.ndarray
+    overlap: np.ndarray
+    scale_ratio: np.ndarray | None
+
+
+def read_scene_info(path: str | Path) -> SceneInfo:
+    """Reads one scene file of either kind.
+
+    Raises:
+        ValueError: the file is damaged, lacks a member, holds members of wrong shape, or a pickle of anything but
+            numpy arrays, numbers, strings and containers of these.
+    """
+    path = Path(path)
+    try:
+        members = _Members(path)
+        images, depths = (_texts(members.read(key)) for key in ("image_paths", "depth_paths"))
+        intrinsics = _matrices(members.read("intrinsics"), 3)
+        poses = _matrices(members.read("poses"), 4)
+        lengths = {len(images), len(depths), len(intrinsics), len(poses)}
+        if len(lengths) > 1:
+            raise ValueError(f"image_paths, depth_paths, intrinsics and poses differ in length ({sorted(lengths)})")
+        whole = np.array([all(x is not None for x in row) for row in zip(images, depths, intrinsics, poses)], bool)
+        pairs, overlap, ratio = _pair_infos(members) if "pair_infos" in members else _pair_matrices(members, len(whole))
+        if pairs.size and (pairs.min() < 0 or pairs.max() >= len(whole)):
+            raise ValueError(f"a pair names image {pairs.max()} of {len(whole)}")
+    except (*_READ_ERRORS, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is not a usable scene file ({error}); make it again with D2-Net's scripts") from None
+    keep = whole[pairs].all(axis=1) & (pairs[:, 0] != pairs[:, 1])
+    ratio = None if ratio is None else ratio[keep]
+    return SceneInfo(path.stem, images, depths, intrinsics, poses, pairs[keep], overlap[keep], ratio)
+
+
+def scene_files(root: Path, scenes: Collection[str] | None = None) -> list[Path]:
+    """The scene files ``root/scene_info/*.npz``, sorted; those named in ``scenes`` alone if given.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: it is empty, or lacks a scene.
+    """
+    folder = root / "scene_info"
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} does not exist; give the MegaDepth folder that holds scene_info/*.npz")
+    files = {path.stem: path for path in sorted(folder.glob("*.npz"))}
+    if not files:
+        raise ValueError(f"{folder} is empty; put D2-Net's or LoFTR's scene files (*.npz) there")
+    unknown = sorted(set(scenes or ()) - set(files))
+    if unknown:
+        raise ValueError(f"{folder} has no {unknown[0]}.npz; it has {', '.join(list(files)[:10])}")
+    return [path for name, path in files.items() if scenes is None or name in scenes]
+
+
+def find_file(root: Path, relative: str) -> Path:
+    """The file that a scene file names ``relative``, also where the archive's leading folders were left out.
+
+    Raises:
+        ValueError: it is nowhere.
+    """
+    for prefix in _ARCHIVE_FOLDERS:
+        if relative.startswith(prefix) and (root / relative.removeprefix(prefix)).is_file():
+            return root / relative.removeprefix(prefix)
+    raise ValueError(f"{root / relative} is missing; the scene file names it, so copy it there or leave the scene out")
+
+
+def read_depth(path: str | Path) -> np.ndarray:
+    """The depth map [H, W] of an HDF5 file, dataset ``depth``; 0 where unknown.
+
+    Raises:
+        ValueError: the file is damaged, has no two-dimensional ``depth``, or holds negative depth.
+    """
+    try:
+        with h5py.File(path, "r") as file:
+            depth = np.asarray(file["depth"][()])
+    except (OSError, KeyError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{path} is not a depth map ({error}); copy it again") from None
+    if depth.ndim != 2 or not np.issubdtype(depth.dtype, np.number) or np.any(depth < 0):
+        raise ValueError(f"{path}: depth must be a map of numbers of at least 0, got {depth.dtype} {depth.shape}")
+    return depth
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Rebuilds numpy arrays and plain containers; every other name in a pickle is refused, so nothing is run."""
+
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        if f"{module_name}.{global_name}" not in _NUMPY_PARTS:
+            raise pickle.UnpicklingError(f"it wants to load {module_name}.{global_name}, which is refused")
+        return super().find_class(module_name.replace("numpy.core.", "numpy._core."), global_name)
+
+
+class _Members:
+    """The members of a scene file: an npz archive, or a bare pickled dict, which numpy reads under the same name."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._dict: dict[str, Any] | None = None
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                self._names = {name.removesuffix(".npy") for name in archive.namelist()}
+            return
+        with open(path, "rb") as file:
+            self._dict = _ArrayUnpickler(file).load()
+        if not isinstance(self._dict, dict):
+            raise ValueError(f"it holds a {type(self._dict).__name__}, expected named arrays")
+        self._names = set(self._dict)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._names
+
+    def read(self, key: str) -> np.ndarray:
+        if key not in self._names:
+            raise ValueError(f"it lacks {key}; it has {', '.join(sorted(self._names)) or 'nothing'}")
+        if self._dict is not None:
+            return np.asarray(self._dict[key])
+        with zipfile.ZipFile(self._path) as archive, archive.open(f"{key}.npy") as file:
+            return _read_npy(file)
+
+
+def _read_npy(file: IO[bytes]) -> np.ndarray:
+    """One npy file; object arrays go through the unpickler above."""
+    version = np.lib.format.read_magic(file)
+    readers: dict[tuple[int, int], Callable[..., Any]] = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }
+    if version not in readers:
+        raise ValueError(f"npy format {version} is not known")
+    shape, fortran_order, dtype = readers[version](file)
+    if dtype.hasobject:
+        return np.asarray(_ArrayUnpickler(file).load()).reshape(shape)
+    count = int(np.prod(shape, dtype=np.int64))
+    data = file.read(count * dtype.itemsize)
+    return np.frombuffer(data, dtype, count).reshape(shape, order="F" if fortran_order else "C")
+
+
+def _texts(values: np.ndarray) -> list[str | None]:
+    """Relative paths with forward slashes; a path that leaves the data set's root is refused."""
+    texts = [None if value is None else str(value) for value in values.reshape(-1)]
+    for text in texts:
+        if text is not None and (text.startswith("/") or ".." in PureWindowsPath(text).parts):
+            raise ValueError(f"{text!r} is not a path inside the data set")
+    return texts
+
+
+def _matrices(values: np.ndarray, side: int) -> list[np.ndarray | None]:
+    return [None if value is None else np.array(value, np.float64).reshape(side, side) for value in values]
+
+
+def _pair_matrices(members: _Members, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ordered pairs of D2-Net's matrices. A ratio below 1 (first version of its script) is turned round."""
+    overlap, ratio = (members.read(key).astype(np.float64) for key in ("overlap_matrix", "scale_ratio_matrix"))
+    for values in (overlap, ratio):
+        if values.shape != (number, number):
+            raise ValueError(f"overlap_matrix and scale_ratio_matrix must be {number}x{number}, one is {values.shape}")
+    pairs = np.argwhere(overlap > 0)
+    rows, columns = pairs.T
+    ratio = ratio[rows, columns]
+    return pairs, overlap[rows, columns], np.maximum(ratio, 1 / np.where(ratio > 0, ratio, np.nan))
+
+
+def _pair_infos(members: _Members) -> tuple[np.ndarray, np.ndarray, None]:
+    """LoFTR's list, each pair in both orders."""
+    rows = list(members.read("pair_infos"))
+    pairs = np.array([np.asarray(row[0], np.int64).reshape(2) for row in rows], np.int64).reshape(-1, 2)
+    overlap = np.array([float(row[1]) for row in rows])
+    return np.concatenate([pairs, pairs[:, ::-1]]), np.concatenate([overlap, overlap]), None

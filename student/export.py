@@ -1,0 +1,180 @@
+"""Weights as files: safetensors with provenance, written and read; the authors' released checkpoint, read.
+
+A weights file is a safetensors file whose metadata holds five strings: ``format`` and ``version``, and, as JSON,
+``network`` (the fields of ``NetworkConfig``), ``extraction`` (options of ``SAMFeat``) and ``provenance`` (anything that
+says where the weights come from). Nothing is ever unpickled beyond tensors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pickle
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from samfeat.student.network import NetworkConfig, SAMFeatNetwork, network_preset
+
+FORMAT = "samfeat-weights"
+VERSION = 1
+
+
+class Loaded(NamedTuple):
+    """Contents of a weights file.
+
+    Attributes:
+        state_dict: exactly the tensors of ``SAMFeatNetwork(config)``, on the CPU.
+        config: the network that they belong to.
+        extraction: options of ``SAMFeat`` that were stored with them; ``None`` in a foreign checkpoint.
+        provenance: where they come from.
+    """
+
+    state_dict: dict[str, Tensor]
+    config: NetworkConfig
+    extraction: dict[str, Any] | None
+    provenance: dict[str, Any]
+
+    def network(self) -> SAMFeatNetwork:
+        """The network with these weights."""
+        network = SAMFeatNetwork(self.config)
+        network.load_state_dict(self.state_dict, strict=True)
+        return network
+
+
+def save_weights(
+    path: str | os.PathLike[str],
+    network: SAMFeatNetwork,
+    *,
+    extraction: Mapping[str, Any],
+    provenance: Mapping[str, Any],
+) -> None:
+    """Write the weights of ``network``, whole or not at all.
+
+    Args:
+        path: the file; one that exists is replaced in a single step.
+        network: the network; its configuration is stored with the weights.
+        extraction: options of ``SAMFeat``, as JSON values (``dataclasses.asdict`` of an ``ExtractionConfig``).
+        provenance: anything that says where the weights come from, as JSON values.
+
+    Raises:
+        ValueError: ``extraction`` or ``provenance`` holds something that JSON does not know.
+        OSError: the file cannot be written.
+    """
+    values = {"network": dataclasses.asdict(network.config), "extraction": extraction, "provenance": provenance}
+    metadata = {"format": FORMAT, "version": str(VERSION)}
+    for name, value in values.items():
+        try:
+            metadata[name] = json.dumps(dict(value), sort_keys=True, allow_nan=False)
+        except TypeError as error:
+            raise ValueError(f"{name} must hold JSON values only: {error}") from error
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(save(tensors, metadata))
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def load_weights(path: str | os.PathLike[str]) -> Loaded:
+    """Read weights: a file of :func:`save_weights`, or the authors' released ``.pt`` state dict.
+
+    The kind of file is told from its contents. A pickle is read as tensors only; one that asks for more is refused
+    before any of it runs.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, of another format or version, or does not hold exactly the tensors of its network.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no weights file {path}")
+    with path.open("rb") as file:
+        head = file.read(9)
+    if head[8:] == b"{":  # safetensors: eight bytes of header length, then JSON
+        loaded = _load_safetensors(path)
+    elif head.startswith((b"PK", b"\x80")):  # torch.save: a zip archive, or formerly a bare pickle
+        loaded = _load_checkpoint(path)
+    else:
+        raise ValueError(f"{path} is neither a safetensors file nor a PyTorch checkpoint")
+    _check_tensors(path, loaded)
+    return loaded
+
+
+def _load_safetensors(path: Path) -> Loaded:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is a damaged safetensors file ({_line(error)}); copy or download it again") from error
+    kind, version = metadata.get("format"), metadata.get("version")
+    if kind != FORMAT:
+        raise ValueError(f"{path} holds other weights (format {kind!r}); {FORMAT!r} is needed")
+    if version != str(VERSION):
+        raise ValueError(f"{path} is of version {version} of {FORMAT}; this program reads version {VERSION}")
+    try:
+        network, extraction, provenance = (
+            json.loads(metadata[name]) for name in ("network", "extraction", "provenance")
+        )
+        return Loaded(tensors, NetworkConfig(**network), dict(extraction), dict(provenance))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} has metadata that cannot be read ({_line(error)})") from error
+
+
+def _load_checkpoint(path: Path) -> Loaded:
+    try:
+        values = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} is damaged, or a pickle that holds more than tensors, and was not run; "
+            "ask for a plain state dict or a safetensors file"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError) as error:
+        raise ValueError(f"{path} is a damaged PyTorch checkpoint ({_line(error)})") from error
+    if not isinstance(values, dict) or not all(isinstance(value, Tensor) for value in values.values()):
+        raise ValueError(f"{path} must hold a plain state dict (names and tensors), as the authors' released one does")
+    return Loaded(dict(values), network_preset("released"), None, {"source": path.name})
+
+
+def _check_tensors(path: Path, loaded: Loaded) -> None:
+    with torch.device("meta"):
+        expected = {name: tuple(value.shape) for name, value in SAMFeatNetwork(loaded.config).state_dict().items()}
+    given = {name: tuple(value.shape) for name, value in loaded.state_dict.items()}
+    problems = {
+        "missing": sorted(expected.keys() - given.keys()),
+        "unexpected": sorted(given.keys() - expected.keys()),
+        "of another shape": sorted(
+            f"{name} {given[name]} instead of {expected[name]}"
+            for name in expected.keys() & given.keys()
+            if given[name] != expected[name]
+        ),
+    }
+    found = [f"{kind}: {_first(names)}" for kind, names in problems.items() if names]
+    if found:
+        raise ValueError(f"{path} does not hold the tensors of its network; {'; '.join(found)}")
+
+
+def _first(names: list[str], limit: int = 4) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def _line(error: BaseException) -> str:
+    """First line of an error's text."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

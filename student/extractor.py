@@ -1,0 +1,296 @@
+"""SAMFeat, the object a user holds: an image in, keypoints and descriptors out.
+
+Follows the authors' released evaluation where the ``released`` preset is chosen: sizes rounded to multiples of 16, edge
+probability added to the detection logit, threshold, greedy non-maximum suppression, attention-weighted descriptors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from samfeat.student.detection import detect, subpixel_offsets
+from samfeat.student.export import load_weights, save_weights
+from samfeat.student.network import (
+    DESCRIPTOR_DIM,
+    NetworkConfig,
+    SAMFeatNetwork,
+    network_preset,
+    normalise,
+    resize,
+    sample,
+)
+
+SIZE_MULTIPLE = 16
+PYRAMID_FACTOR, PYRAMID_END = 2**0.25, 0.3
+
+
+@dataclass(frozen=True)
+class ExtractionConfig:
+    """How features are read off the dense maps. :data:`EXTRACTION_PRESETS` holds the values of the presets.
+
+    Attributes:
+        max_keypoints: at most that many, the best ones; ``None`` for all.
+        detection_threshold: least probability of a keypoint, in [0, 1].
+        nms_radius: no two keypoints of a scale lie within this many pixels of each other in both x and y.
+        border: pixels along each side (of the resized image) without keypoints.
+        edge_gain: multiple of the edge probability that is added to the detection logit.
+        weighted_descriptors: multiply unit descriptors by their attention (``True``) or leave them at unit length.
+        subpixel: refine keypoints by a quadratic fit to the logits around them, by at most half a pixel.
+        multiscale: extract from a pyramid of scales 1 to 0.3 in steps of 2^(1/4) as well.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    max_keypoints: int | None = 4096
+    detection_threshold: float = 0.9
+    nms_radius: int = 4
+    border: int = 4
+    edge_gain: float = 0.0
+    weighted_descriptors: bool = True
+    subpixel: bool = True
+    multiscale: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_keypoints is not None and self.max_keypoints < 1:
+            raise ValueError(f"max_keypoints must be at least 1, or None for all, got {self.max_keypoints}")
+        if not 0 <= self.detection_threshold <= 1:
+            raise ValueError(f"detection_threshold must lie in [0, 1], got {self.detection_threshold}")
+        if self.nms_radius < 0 or self.border < 0:
+            raise ValueError(f"nms_radius ({self.nms_radius}) and border ({self.border}) must not be negative")
+        if not math.isfinite(self.edge_gain):
+            raise ValueError(f"edge_gain must be finite, got {self.edge_gain}")
+
+
+EXTRACTION_PRESETS: dict[str, ExtractionConfig] = {
+    "released": ExtractionConfig(max_keypoints=10_000, edge_gain=1.0, subpixel=False),
+    "paper": ExtractionConfig(max_keypoints=10_000, subpixel=False),
+    "default": ExtractionConfig(),
+}
+
+
+class _Features(NamedTuple):
+    keypoints: Tensor
+    scores: Tensor
+    descriptors: Tensor
+
+
+class SAMFeat(nn.Module):
+    """Keypoints and descriptors of an image.
+
+    Args:
+        preset: ``"default"``, ``"paper"`` or ``"released"``: the network and the values of all options.
+        weights: a weights file that belongs to the preset. Without one (and without ``network``) the network is
+            untrained, the same one every time.
+        network: a network to use instead of the preset's.
+        **options: fields of :class:`ExtractionConfig` that differ from the preset's.
+
+    Attributes:
+        network: the dense network, a torch module (:class:`samfeat.student.network.SAMFeatNetwork`).
+        extraction: the :class:`ExtractionConfig` in force.
+        provenance: what the weights file says of its origin; empty without one.
+
+    Raises:
+        ValueError: an unknown preset or option, a value out of range, or weights of another network.
+        FileNotFoundError: there is no such weights file.
+    """
+
+    def __init__(
+        self,
+        preset: str = "default",
+        *,
+        weights: str | os.PathLike[str] | None = None,
+        network: SAMFeatNetwork | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        config = network_preset(preset)
+        self.extraction = _with_options(EXTRACTION_PRESETS[preset], options)
+        self.provenance: dict[str, Any] = {}
+        if weights is not None and network is not None:
+            raise ValueError("give either weights or a network, not both")
+        if weights is not None:
+            loaded = load_weights(weights)
+            if _function(loaded.config) != _function(config):
+                raise ValueError(
+                    f"{weights} belongs to another network than preset {preset!r} ({loaded.config}); "
+                    "SAMFeat.from_pretrained builds the right one"
+                )
+            network, self.provenance = loaded.network(), loaded.provenance
+        self.network = network or SAMFeatNetwork(config, generator=torch.Generator().manual_seed(0))
+        self.eval()
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str], **overrides: Any) -> SAMFeat:
+        """The extractor that a weights file describes.
+
+        Args:
+            path: a file written by :meth:`save`, or the authors' released ``.pt`` state dict (preset ``"released"``).
+            **overrides: fields of :class:`ExtractionConfig` that differ from those in the file.
+
+        Raises:
+            ValueError: a damaged or foreign file, or an unknown option.
+            FileNotFoundError: there is no such file.
+        """
+        loaded = load_weights(path)
+        options = dataclasses.asdict(EXTRACTION_PRESETS["released"]) if loaded.extraction is None else loaded.extraction
+        model = cls(network=loaded.network(), **(options | overrides))
+        model.provenance = loaded.provenance
+        return model
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write weights, configuration, options and provenance to one safetensors file."""
+        extraction = dataclasses.asdict(self.extraction)
+        save_weights(path, self.network, extraction=extraction, provenance=self.provenance)
+
+    @torch.no_grad()
+    def extract(self, image: Any) -> dict[str, Tensor]:
+        """Features of one image, best first.
+
+        Args:
+            image: numpy uint8 [H, W, 3] (RGB), [H, W, 4] (alpha is ignored) or [H, W] (grey); a PIL image of 8 bits a
+                channel; or a torch tensor [3, H, W] or [1, H, W], uint8 or float in [0, 1].
+
+        Returns:
+            On the device of the network, K features (0 is a normal result, and the only one below about 16 pixels):
+
+            - ``"keypoints"``: float32 [K, 2], (x, y) in pixels of ``image``; (0, 0) is the centre of the top-left one;
+            - ``"scores"``: float32 [K], probability in [0, 1], descending;
+            - ``"descriptors"``: float32 [K, 128], multiplied by their attention unless ``weighted_descriptors`` is off;
+            - ``"image_size"``: int64 [2], (width, height) of ``image``.
+
+        Raises:
+            ValueError: something else than an image as above, an empty one, or one with NaN or values out of range.
+        """
+        pixels = as_rgb(image)
+        size = pixels.shape[0], pixels.shape[1]
+        levels = _pyramid(pixels) if self.extraction.multiscale else [pixels]
+        parts = [self._extract_level(level, size) for level in levels]
+        keypoints, scores, descriptors = (torch.cat(values) for values in zip(*parts, strict=True))
+        best = torch.sort(scores, descending=True, stable=True).indices[: self.extraction.max_keypoints]
+        return {
+            "keypoints": keypoints[best],
+            "scores": scores[best],
+            "descriptors": descriptors[best],
+            "image_size": torch.tensor((size[1], size[0]), device=keypoints.device),
+        }
+
+    def forward(self, image: Any) -> dict[str, Tensor]:
+        """The same as :meth:`extract`."""
+        return self.extract(image)
+
+    def _extract_level(self, pixels: np.ndarray, image_size: tuple[int, int]) -> _Features:
+        """Features of ``pixels`` [h, w, 3], with keypoints in the coordinates of an image of ``image_size``."""
+        options, convention = self.extraction, self.network.config.sampling
+        parameter = next(self.network.parameters())
+        size = _network_size(pixels.shape[0]), _network_size(pixels.shape[1])
+        if 0 in size:
+            return _Features(
+                *(torch.zeros(shape, device=parameter.device) for shape in ((0, 2), (0,), (0, DESCRIPTOR_DIM)))
+            )
+
+        if size != pixels.shape[:2]:
+            pixels = cv2.resize(pixels, (size[1], size[0]), interpolation=cv2.INTER_LINEAR)
+        images = torch.from_numpy(pixels).to(parameter.device).permute(2, 0, 1)[None].float() / 255 * 2 - 1
+        dense = self.network(images.to(parameter.dtype))
+
+        logits = dense.heatmap[0, 0]
+        if options.edge_gain:
+            logits = logits + options.edge_gain * resize(dense.edges, size)[0, 0]
+        points_yx = detect(logits, options.detection_threshold, radius=options.nms_radius, border=options.border)
+        points = points_yx.flip(1).float()
+        if options.subpixel:
+            points = points + subpixel_offsets(logits, points_yx)
+        scores = torch.sigmoid(logits[points_yx[:, 0], points_yx[:, 1]])
+
+        descriptors = normalise(sample(dense.descriptors, points[None], size, convention=convention)[0])
+        if options.weighted_descriptors:
+            descriptors = descriptors * sample(dense.attention, points[None], size, convention=convention)[0]
+        return _Features(_rescale(points, size, image_size, convention), scores.float(), descriptors.float())
+
+
+def as_rgb(image: Any) -> np.ndarray:
+    """Any accepted image (see :meth:`SAMFeat.extract`) as [H, W, 3] in [0, 255]: uint8, or float32 where it was float.
+
+    Raises:
+        ValueError: something else than an accepted image.
+    """
+    from PIL import Image
+
+    if isinstance(image, Image.Image):
+        if image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"):
+            raise ValueError(f"a PIL image must have 8 bits a channel, got mode {image.mode!r}")
+        image = np.asarray(image.convert("RGB"))
+    elif isinstance(image, Tensor):
+        image = _tensor_pixels(image)
+    elif not isinstance(image, np.ndarray) or image.dtype != np.uint8:
+        given = f"numpy {image.dtype}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise ValueError(f"image must be a numpy uint8 array, a PIL image or a torch tensor, got {given}")
+    if image.ndim == 2:
+        image = image[..., None]
+    if image.ndim != 3 or image.shape[2] not in (1, 3, 4):
+        raise ValueError(f"an image array must be [H, W], [H, W, 3] or [H, W, 4], got {list(image.shape)}")
+    if 0 in image.shape:
+        raise ValueError(f"the image is empty: {image.shape[0]} x {image.shape[1]} pixels")
+    return np.array(np.broadcast_to(image[..., :3], (*image.shape[:2], 3)))
+
+
+def _tensor_pixels(image: Tensor) -> np.ndarray:
+    """[H, W, 1 or 3] of a tensor [1 or 3, H, W]."""
+    if image.ndim != 3 or image.shape[0] not in (1, 3):
+        raise ValueError(f"an image tensor must be one image, [3, H, W] or [1, H, W], got {list(image.shape)}")
+    if image.dtype == torch.uint8:
+        return image.permute(1, 2, 0).cpu().numpy()
+    if not image.is_floating_point():
+        raise ValueError(f"an image tensor must be uint8, or float in [0, 1], got {image.dtype}")
+    values = image.detach().permute(1, 2, 0).cpu().float()
+    if values.numel() and not (values.isfinite().all() and values.min() >= 0 and values.max() <= 1):
+        raise ValueError("a float image must be finite and lie in [0, 1]; divide 8-bit values by 255")
+    return (values * 255).numpy()
+
+
+def _pyramid(pixels: np.ndarray) -> Iterator[np.ndarray]:
+    """``pixels`` at scale 1, then each level resized from the one before."""
+    height, width = pixels.shape[:2]
+    scale = 1.0
+    while scale + 0.001 >= PYRAMID_END and min(pixels.shape[:2]) > 0:
+        yield pixels
+        scale /= PYRAMID_FACTOR
+        size = max(1, round(height * scale)), max(1, round(width * scale))
+        pixels = cv2.resize(pixels, (size[1], size[0]), interpolation=cv2.INTER_LINEAR)
+
+
+def _network_size(length: int) -> int:
+    """Nearest multiple of 16, of two equally near the even one."""
+    return round(length / SIZE_MULTIPLE) * SIZE_MULTIPLE
+
+
+def _rescale(points: Tensor, size: tuple[int, int], image_size: tuple[int, int], convention: str) -> Tensor:
+    """``points`` (x, y) of an image of ``size`` in one of ``image_size``; the released weights ignore pixel centres."""
+    target = torch.tensor((image_size[1], image_size[0]), dtype=points.dtype, device=points.device)
+    scale = target / torch.tensor((size[1], size[0]), dtype=points.dtype, device=points.device)
+    moved = points * scale if convention == "released" else (points + 0.5) * scale - 0.5
+    return torch.minimum(moved.clamp(min=0), target - 1)
+
+
+def _with_options(config: ExtractionConfig, options: dict[str, Any]) -> ExtractionConfig:
+    known = [field.name for field in dataclasses.fields(ExtractionConfig)]
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise ValueError(f"there is no option {', '.join(unknown)}; the options are {', '.join(known)}")
+    return dataclasses.replace(config, **options)
+
+
+def _function(config: NetworkConfig) -> NetworkConfig:
+    """The part of a network configuration that matters after training."""
+    return dataclasses.replace(config, initialisation="released")

@@ -1,0 +1,153 @@
+"""Distillation of the teacher's embedding into the student's: by relations (equations 7 and 8) or by the features themselves.
+
+The relation matrices of an image have (h w)^2 entries, 6.25 million at 400 x 400 pixels. They are never stored: with unit
+features s and t, D = R' - R = [s, t] [s, -t]^T, and as the loss is sum(e^W |D|) / Z, its gradient with respect to s is
+2 / Z (e^W sign(D)) s. So one pass over row tiles gives the loss and the gradient, and as D and W are symmetric, tiles on and
+above the diagonal do.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from samfeat.student.losses import masked_mean, mean_over_images, widen
+
+_TILE = 256  # rows of a tile
+
+
+def relation_loss(
+    student: Float[Tensor, "b c h w"],
+    teacher: Float[Tensor, "b c2 h2 w2"],
+    *,
+    attention: Float[Tensor, "b 1 h3 w3"] | None = None,
+    valid: Bool[Tensor, "b h4 w4"] | None = None,
+) -> Float[Tensor, ""]:
+    """Mean difference between the cosines of all pairs of positions in the student and in the teacher.
+
+    With attention, pair (i, j) has the weight e^(a_i a_j) (equations 7 and 8), normalised over the image. Without, all
+    pairs weigh the same. That is also what the released code computes: it multiplies the features by the attention
+    *before* it normalises them, which cancels.
+
+    The attention gets no gradient: a pair of a position with itself never errs, so that all weight on one position would
+    bring the loss to zero. Under autocast the matrix products run in its dtype, everything else in float32.
+
+    Args:
+        student: distillation feature of the student; its h x w positions are compared.
+        teacher: embedding of the teacher, any size and number of channels, float16 as stored or wider; resized bilinearly.
+        attention: attention map, any size; resized bilinearly.
+        valid: where the targets hold, at any resolution; None for everywhere. A position takes part if all of its pixels
+            are valid, a pair if both of its positions do.
+    """
+    batch, _, height, width = student.shape
+    mask = _valid_positions(valid, student).flatten(1)
+    features = _unit(widen(student)) * mask[:, :, None]
+    targets = _unit(_resized(teacher, student)) * mask[:, :, None]
+    if attention is not None:
+        attention = _resized(attention.detach(), student).flatten(1) * mask
+    device = student.device.type
+    reduced = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else features.dtype
+    with torch.autocast(device, enabled=False):
+        losses = _RelationGap.apply(features, targets, attention, mask, reduced)
+    return mean_over_images(losses, mask.any(1))
+
+
+def feature_distillation_loss(
+    student: Float[Tensor, "b c h w"],
+    teacher: Float[Tensor, "b c h2 w2"],
+    *,
+    valid: Bool[Tensor, "b h3 w3"] | None = None,
+) -> Float[Tensor, ""]:
+    """Mean absolute difference between the features (direct semantic feature distillation, Table V).
+
+    The features are compared as they are, without normalisation, as an unused loss of the released code does: the
+    student's last layer is linear and free to take the teacher's scale, and "direct" means that it shall.
+
+    Args:
+        student: distillation feature of the student.
+        teacher: embedding of the teacher with the same channels, any size; resized bilinearly.
+        valid: as for :func:`relation_loss`.
+
+    Raises:
+        ValueError: if the channels differ.
+    """
+    if student.shape[1] != teacher.shape[1]:
+        raise ValueError(
+            f"the student's feature has {student.shape[1]} channels and the teacher's {teacher.shape[1]}: "
+            "give both the same number, or use relation_loss, which takes any"
+        )
+    error = (widen(student) - _resized(teacher, student)).abs().mean(1)
+    return masked_mean(error, _valid_positions(valid, student))
+
+
+class _RelationGap(torch.autograd.Function):
+    """Loss of every image, [b], from unit features [b, n, c] that are zero where the mask is."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, features: Tensor, targets: Tensor, attention: Tensor | None, mask: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        losses, gradient = torch.zeros_like(features[:, 0, 0]), torch.zeros_like(features)
+        for b in range(len(features)):
+            weights = None if attention is None else attention[b]
+            losses[b] = _gap_of_image(features[b], targets[b], weights, mask[b], dtype, gradient[b])
+        ctx.save_for_backward(gradient)
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradients[0][:, None, None] * gradient, None, None, None, None
+
+
+def _gap_of_image(
+    features: Tensor, targets: Tensor, attention: Tensor | None, mask: Tensor, dtype: torch.dtype, gradient: Tensor
+) -> Tensor:
+    """Loss of one image; fills ``gradient`` [n, c] with its derivative by the features. Products run in ``dtype``."""
+    counted = mask.to(features.dtype)
+    total, weight_sum = torch.zeros_like(counted[0]), torch.zeros_like(counted[0])
+    left = torch.cat([features, targets], 1).to(dtype)
+    right = torch.cat([features, -targets], 1).to(dtype)
+    narrow = features.to(dtype)
+    for start in range(0, len(features), _TILE):
+        rows, columns = slice(start, start + _TILE), slice(start, None)
+        gap = left[rows] @ right[columns].T
+        pull = gap.sign()
+        if attention is not None:
+            weight = torch.exp(torch.outer(attention[rows], attention[columns]) - attention.abs().amax().square())
+            weight[:, : len(weight)] *= 0.5
+            weight_sum += 2 * (counted[rows] @ (weight @ counted[columns]))
+            pull *= weight
+        else:
+            pull[:, : len(pull)] *= 0.5
+        total += 2 * (gap * pull).sum(dtype=features.dtype)
+        gradient[rows] += pull @ narrow[columns]
+        gradient[columns] += pull.T @ narrow[rows]
+    if attention is None:
+        weight_sum = counted.sum().square()
+    weight_sum = weight_sum.clamp(min=1)
+    gradient *= 2 / weight_sum
+    return total / weight_sum
+
+
+def _unit(features: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n c"]:
+    """Features of length 1 (0 stays 0), positions before channels."""
+    features = features.flatten(2).mT
+    return features / (torch.linalg.vector_norm(features, dim=2, keepdim=True) + 1e-7)
+
+
+def _resized(maps: Float[Tensor, "b c2 h2 w2"], like: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c2 h w"]:
+    return F.interpolate(widen(maps), size=tuple(like.shape[2:]), mode="bilinear", align_corners=False)
+
+
+def _valid_positions(valid: Bool[Tensor, "b h2 w2"] | None, like: Float[Tensor, "b c h w"]) -> Bool[Tensor, "b h w"]:
+    size = (like.shape[2], like.shape[3])
+    if valid is None:
+        return torch.ones((len(like), *size), dtype=torch.bool, device=like.device)
+    return F.adaptive_max_pool2d((~valid)[:, None].float(), size)[:, 0] == 0

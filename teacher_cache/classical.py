@@ -1,0 +1,237 @@
+"""A teacher without learned weights: masks, groups, edges and an embedding from colour, texture and position alone.
+
+It stands in for SAM where no checkpoint is at hand (the embedded sample, the tests, a first look) and gives the same
+gifts in the same shapes, at a fraction of a second a 400 x 400 image on one CPU core. Everything follows from one tree of
+regions (``regions.py``): its regions are the masks, its merging costs the edges, and the walk from a piece to the whole
+image the embedding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar
+
+import cv2
+import numpy as np
+
+from samfeat.teacher_cache.grouping import describe, paint, sort_masks
+from samfeat.teacher_cache.regions import (
+    Cues,
+    RegionParameters,
+    RegionTree,
+    boundary_strength,
+    measure,
+    region_tree,
+)
+from samfeat.teacher_cache.schema import Gifts, Masks, package_versions
+
+VERSION = 1  # raised whenever equal parameters give other gifts
+CHANNELS = 256  # of the embedding, as SAM's
+LONG_SIDE = 64  # cells of the embedding along the longer side of the image, as SAM's
+
+
+@dataclass(frozen=True)
+class ClassicalTeacher:
+    """Region merging in place of SAM; see :class:`samfeat.teacher_cache.schema.Teacher`.
+
+    Attributes:
+        regions: how the tree of regions is made.
+        min_area, max_area: share of the image between which a region may be a mask.
+        min_quality: least predicted_iou of a mask.
+        max_iou: of two masks that overlap more than this, the one with the higher predicted_iou stays.
+        level_step: stability_score compares a mask at levels this far above and below its own, in merging cost.
+        edge_gain: merging cost of an edge of strength 255.
+        levels: numbers of regions (few, many) between which the embedding tells regions apart.
+        leaf_weight: weight of the smallest pieces in the embedding, next to 1 for all levels above together.
+        identity: share of the embedding that tells a region from all others, however alike; the rest tells it by
+            colour, texture and position.
+        scales: (colour, texture, position) frequencies of the embedding's random Fourier features.
+        local: weight of the embedding's part that is not averaged over regions.
+        seed: of the embedding's random projections, the same for all images.
+    """
+
+    name: ClassVar[str] = "classical"
+
+    regions: RegionParameters = field(default_factory=RegionParameters)
+    min_area: float = 5e-4
+    max_area: float = 0.95
+    min_quality: float = 0.3
+    max_iou: float = 0.7
+    level_step: float = 0.01
+    edge_gain: float = 0.3
+    levels: tuple[float, float] = (2.0, 64.0)
+    leaf_weight: float = 0.3
+    identity: float = 0.1
+    scales: tuple[float, float, float] = (2.0, 1.0, 1.0)
+    local: float = 0.1
+    seed: int = 0
+
+    def provenance(self) -> dict[str, Any]:
+        """JSON values: what this teacher is, its version and every parameter."""
+        return {
+            "name": self.name,
+            "kind": "classical: no learned weights; colour and texture boundaries, watershed, greedy region merging",
+            "version": VERSION,
+            "parameters": asdict(self),
+        }
+
+    def embedding_shape(self, image_size: tuple[int, int]) -> tuple[int, int, int]:
+        """(256, h, w): 64 cells along the longer side of ``image_size`` = (height, width), the shorter in proportion.
+
+        Raises:
+            ValueError: a side is not positive.
+        """
+        if min(image_size) < 1:
+            raise ValueError(f"an image has a positive height and width, got {image_size}")
+        rows, columns = (max(1, round(LONG_SIDE * side / max(image_size))) for side in image_size)
+        return CHANNELS, rows, columns
+
+    def __call__(self, images: np.ndarray) -> list[Gifts]:
+        """Gifts of ``images``, uint8 [B, H, W, 3] in RGB.
+
+        Raises:
+            ValueError: ``images`` is anything else.
+        """
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape[1:3]:
+            raise ValueError(f"images are uint8 [B, H, W, 3] in RGB, got {images.dtype} {images.shape}")
+        return [self._gifts(image) for image in images]
+
+    def _gifts(self, image: np.ndarray) -> Gifts:
+        cues = measure(image, self.regions)
+        strength = boundary_strength(cues, self.regions)
+        tree = region_tree(strength, *_region_features(cues), self.regions)
+        masks = self._masks(tree)
+        return Gifts(self._embedding(tree), masks, paint(masks.stack), self._edges(tree, strength))
+
+    def _masks(self, tree: RegionTree) -> Masks:
+        """Regions that stand out, without near duplicates.
+
+        predicted_iou is the share of a region's life in the merging: 1 - (cost that completed it) / (cost at which it
+        dissolves); 1 for a region with a strong outline and nothing inside, 0 for one that dissolves at once.
+        stability_score is SAM's idea on the tree: the IoU of the regions that stand in the mask's place a little below
+        and a little above the middle of its life.
+        """
+        dissolve = tree.height[tree.parent]
+        quality = 1 - np.divide(tree.height, dissolve, out=np.ones_like(dissolve), where=dissolve > 0)
+        share = tree.area / tree.labels.size
+        fit = (share >= self.min_area) & (share <= self.max_area) & (quality >= self.min_quality)
+        fit[-1] = False
+        start, place = _intervals(tree)
+        end = start + _leaf_counts(tree)
+        kept: list[int] = []
+        for i in np.flatnonzero(fit)[np.argsort(-quality[fit], kind="stable")]:
+            others = np.array(kept, int)
+            nested = (start[others] <= start[i]) & (end[i] <= end[others])
+            nested |= (start[i] <= start[others]) & (end[others] <= end[i])
+            smaller, larger = np.minimum(tree.area[others], tree.area[i]), np.maximum(tree.area[others], tree.area[i])
+            if not np.any(nested & (smaller > self.max_iou * larger)):
+                kept.append(int(i))
+        position = place[tree.labels]
+        stack = np.array([(position >= start[i]) & (position < end[i]) for i in kept], bool)
+        stack = stack.reshape(-1, *tree.labels.shape)
+        table = describe(
+            stack, predicted_iou=quality[kept], stability_score=np.array([self._stability(tree, i) for i in kept])
+        )
+        return sort_masks(stack, table)
+
+    def _stability(self, tree: RegionTree, region: int) -> float:
+        """IoU of the regions around ``region`` at levels ``level_step`` below and above the middle of its life."""
+        middle = (tree.height[region] + tree.height[tree.parent[region]]) / 2
+        below = above = region
+        while tree.height[below] > middle - self.level_step and below >= tree.leaves:
+            children = np.flatnonzero(tree.parent[:below] == below)
+            below = children[np.argmax(tree.area[children])]
+        while tree.height[tree.parent[above]] <= middle + self.level_step and tree.parent[above] != above:
+            above = tree.parent[above]
+        return float(tree.area[below] / tree.area[above])
+
+    def _edges(self, tree: RegionTree, strength: np.ndarray) -> np.ndarray:
+        """Two pixels wide lines between the pieces, as strong as the merge that removes them, softened."""
+        saliency = np.zeros(tree.labels.shape, np.float32)
+        for here, there in ((np.s_[:, 1:], np.s_[:, :-1]), (np.s_[1:], np.s_[:-1])):
+            value = _meeting_height(tree, tree.labels[here], tree.labels[there])
+            np.maximum(saliency[here], value, out=saliency[here])
+            np.maximum(saliency[there], value, out=saliency[there])
+        saliency = cv2.GaussianBlur(saliency, (3, 3), 0)
+        return np.rint(np.minimum(saliency / self.edge_gain, 1) * 255).astype(np.uint8)
+
+    def _embedding(self, tree: RegionTree) -> np.ndarray:
+        """Sum, over all regions that a piece belongs to, of a code of the region weighted by how long it lasts.
+
+        Two cells share the codes of every region that holds both, so their cosine grows with how early the merging
+        joins them. A code is a random Fourier feature of the region's mean colour, texture and position (alike regions
+        have alike codes) and a part of its own. The mean of the image is taken off, which spreads the cosines.
+        """
+        _, rows, columns = self.embedding_shape(tree.labels.shape)
+        rng = np.random.default_rng(self.seed)
+        spread = np.repeat(self.scales, [3, tree.features.shape[1] - 5, 2])
+        frequencies = spread[:, None] * rng.standard_normal((len(spread), CHANNELS // 2))
+        phase = tree.features @ frequencies
+        codes = np.concatenate([np.cos(phase), np.sin(phase)], axis=1) / np.sqrt(CHANNELS / 2)
+        own = rng.standard_normal((len(codes), CHANNELS)) / np.sqrt(CHANNELS)
+        codes = np.sqrt(1 - self.identity) * codes + np.sqrt(self.identity) * own
+        walk = np.sqrt(self._life(tree))[:, None] * codes
+        for region in range(len(walk) - 2, -1, -1):
+            walk[region] += walk[tree.parent[region]]
+        cells = _cell_shares(tree.labels, tree.leaves, (rows, columns)) @ walk[: tree.leaves]
+        cells -= 0.99 * cells.mean(axis=0)
+        return np.ascontiguousarray(cells.T.reshape(CHANNELS, rows, columns), np.float32)
+
+    def _life(self, tree: RegionTree) -> np.ndarray:
+        """Share of the levels, in log number of regions, at which each region stands; plus the weight of a piece."""
+        count = len(tree.parent)
+        standing = np.concatenate([np.full(tree.leaves, tree.leaves), np.arange(tree.leaves - 1, 0, -1)])
+        until = np.where(np.arange(count) < count - 1, standing[tree.parent], 1)
+        few, many = np.log(self.levels)
+        life = (np.clip(np.log(standing), few, many) - np.clip(np.log(until), few, many)) / (many - few)
+        life[: tree.leaves] += self.leaf_weight
+        return life
+
+
+def _region_features(cues: Cues) -> tuple[np.ndarray, np.ndarray]:
+    """What describes a region: Lab (3), texture shares, position in long sides (2), and what each counts in a merge."""
+    _, height, width = cues.lab.shape
+    colour = cues.lab * np.float32([0.01, 0.02, 0.02])[:, None, None]
+    texture = [cv2.resize(plane, (width, height), interpolation=cv2.INTER_LINEAR) for plane in cues.texture]
+    position = np.indices((height, width), np.float32) / max(height, width)
+    features = np.concatenate([colour, np.stack(texture), position])
+    return features, np.repeat([1.0, 0.0], [len(features) - 2, 2])
+
+
+def _leaf_counts(tree: RegionTree) -> np.ndarray:
+    counts = (np.arange(len(tree.parent)) < tree.leaves).astype(int)
+    for region in range(len(counts) - 1):
+        counts[tree.parent[region]] += counts[region]
+    return counts
+
+
+def _intervals(tree: RegionTree) -> tuple[np.ndarray, np.ndarray]:
+    """Order of the leaves in which every region is an interval: first position of each region, position of each leaf."""
+    counts = _leaf_counts(tree)
+    start = np.zeros(len(counts), int)
+    used = np.zeros(len(counts), int)
+    for region in range(len(counts) - 2, -1, -1):
+        parent = tree.parent[region]
+        start[region] = start[parent] + used[parent]
+        used[parent] += counts[region]
+    return start, start[: tree.leaves]
+
+
+def _meeting_height(tree: RegionTree, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Height of the smallest region that holds both leaves, elementwise."""
+    low, high = np.minimum(first, second).ravel().astype(np.int64), np.maximum(first, second).ravel()
+    pairs, index = np.unique(low * tree.leaves + high, return_inverse=True)
+    a, b = pairs // tree.leaves, pairs % tree.leaves
+    while (apart := a != b).any():  # children come before parents: the lower index steps up
+        a, b = np.where(apart & (a < b), tree.parent[a], a), np.where(apart & (b < a), tree.parent[b], b)
+    return tree.height[a][index].reshape(first.shape).astype(np.float32)
+
+
+def _cell_shares(labels: np.ndarray, leaves: int, cells: tuple[int, int]) -> np.ndarray:
+    """Share of each leaf in each cell of a grid over the image, from 4 x 4 samples a cell: float64 [h w, leaves]."""
+    (height, width), (rows, columns), samples = labels.shape, cells, 4
+    y = ((np.arange(rows * samples) + 0.5) * height / (rows * samples)).astype(int)
+    x = ((np.arange(columns * samples) + 0.5) * width / (columns * samples)).astype(int)
+    cell = np.arange(rows * columns).reshape(cells).repeat(samples, axis=0).repeat(samples, axis=1)
+    key = cell.ravel() * leaves + labels[y[:, None], x].ravel()
+    return np.bincount(key, minlength=rows * columns * leaves).reshape(-1, leaves) / samples**2
