@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-dependencies = ["cv2", "jaxtyping", "numpy", "safetensors", "torch"]
+dependencies = ["PIL", "cv2", "jaxtyping", "numpy", "safetensors", "torch"]
 
 
 def samfeat(preset: str = "default", weights: str | None = None, **options: Any) -> Any:

@@ -43,7 +43,7 @@ def draw_matches(
     canvas[: len(image0), : image0.shape[1]] = image0
     canvas[: len(image1), offset:] = image1
     if colors is None:
-        colors = np.tile(np.uint8(GREEN), (len(points0), 1))
+        colors = np.tile(np.array(GREEN, np.uint8), (len(points0), 1))
     starts, ends = _fixed(points0), _fixed(np.asarray(points1) + (offset, 0))
     for start, end, color in zip(starts, ends, colors.tolist(), strict=True):
         cv2.line(canvas, start, end, color, 1, cv2.LINE_AA, _SHIFT)
@@ -56,19 +56,19 @@ def draw_keypoints(image: np.ndarray, keypoints: np.ndarray, scores: np.ndarray 
     """Circles about keypoints [K, 2]; with scores [K], coloured by rank, from blue to yellow, best on top."""
     canvas = image.copy()
     if scores is None or len(keypoints) == 0:
-        colors = np.tile(np.uint8(GREEN), (len(keypoints), 1))
+        colors = np.tile(np.array(GREEN, np.uint8), (len(keypoints), 1))
     else:
         order = np.argsort(scores)
         keypoints, colors = np.asarray(keypoints)[order], color_map(np.arange(len(order))[None], "plasma")[0]
     for point, color in zip(_fixed(keypoints), colors.tolist(), strict=True):
-        cv2.circle(canvas, point, 3 << _SHIFT, INK, 3, cv2.LINE_AA, _SHIFT)
-        cv2.circle(canvas, point, 3 << _SHIFT, color, 1, cv2.LINE_AA, _SHIFT)
+        cv2.circle(canvas, point, 4 << _SHIFT, INK, 3, cv2.LINE_AA, _SHIFT)
+        cv2.circle(canvas, point, 4 << _SHIFT, color, 1, cv2.LINE_AA, _SHIFT)
     return canvas
 
 
 def inlier_colors(inliers: np.ndarray) -> np.ndarray:
     """uint8 [M, 3]: green for true, red for false of bool [M]."""
-    return np.where(np.asarray(inliers, bool)[:, None], np.uint8(GREEN), np.uint8(RED))
+    return np.where(np.asarray(inliers, bool)[:, None], np.array(GREEN, np.uint8), np.array(RED, np.uint8))
 
 
 def error_colors(errors: np.ndarray, *, worst: float = 5.0) -> np.ndarray:

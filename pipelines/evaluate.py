@@ -56,18 +56,25 @@ def write_results(folder: str | Path, results: Mapping[str, Any]) -> Path:
     return write_json(Path(folder) / "results.json", dict(results))
 
 
-def collect_results(folder: str | Path, dataset: Mapping[str, Any]) -> list[dict[str, Any]]:
+def collect_results(
+    folder: str | Path, dataset: Mapping[str, Any], *, replacing: str | None = None
+) -> list[dict[str, Any]]:
     """Every method's results below an evaluation folder, in alphabetical order.
 
+    Args:
+        folder: the folder of the evaluation.
+        dataset: what all results must have been measured on, so that one table may hold them.
+        replacing: name of a method whose results are left out, because they are about to be replaced.
+
     Raises:
-        ValueError: some of them were measured on another ``dataset``, so that no table may hold them together.
+        ValueError: some results were measured on another ``dataset``.
     """
-    found = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("*/results.json"))]
+    paths = [path for path in sorted(Path(folder).glob("*/results.json")) if path.parent.name != replacing]
+    found = [json.loads(path.read_text()) for path in paths]
     others = [results["name"] for results in found if results["dataset"] != dataset]
     if others:
         raise ValueError(
-            f"{folder} also holds results on other data ({', '.join(others)}): choose another output folder, "
-            "or evaluate them again"
+            f"{folder} holds results on other data ({', '.join(others)}): choose another output folder, or remove them"
         )
     return found
 

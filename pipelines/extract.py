@@ -114,10 +114,11 @@ def _samfeat(weights: Path, max_keypoints: int | None, device: str) -> Method:
 
 
 def _opencv(name: str, max_keypoints: int) -> Method:
+    detector: cv2.Feature2D
     if name == "sift":
-        detector = cv2.SIFT_create(nfeatures=max_keypoints, enable_precise_upscale=True)
+        detector = cv2.SIFT.create(nfeatures=max_keypoints, enable_precise_upscale=True)
     else:
-        detector = cv2.ORB_create(nfeatures=max_keypoints)
+        detector = cv2.ORB.create(nfeatures=max_keypoints)
 
     def extract(image: np.ndarray) -> Features:
         found, codes = detector.detectAndCompute(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), None)
@@ -300,7 +301,8 @@ def _extract_d2net(
     missing = {name: path for name, path in paths.items() if overwrite or not targets[name].exists()}
     for name, _, features in _computed(missing, method, failed, progress):
         buffer = io.BytesIO()
-        np.savez(buffer, **{key: features[key] for key in ("keypoints", "scores", "descriptors")})
+        keypoints, scores, descriptors = (features[key] for key in ("keypoints", "scores", "descriptors"))
+        np.savez(buffer, keypoints=keypoints, scores=scores, descriptors=descriptors)
         write_bytes(targets[name], buffer.getvalue())
         written.append(name)
     return Extraction(written, [name for name in paths if name not in missing], failed)

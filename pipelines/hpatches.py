@@ -192,29 +192,28 @@ def evaluate_hpatches(
         "pairs": {s.name: len(s.homographies) for s in sequences},
         "homographies_sha256": _homographies_sha256(sequences),
     }
+    collect_results(output, dataset, replacing=name)
     store = Path(output) / name / "features.h5"
     features = predict(paths, store, method=method, overwrite=overwrite, progress=progress)
-    pairs, errors = [], []
-    counts: dict[str, int] = {}
+    pairs: list[tuple[PlanarSequence, int]] = []
+    errors = []
+    counts: list[int] = []
     for sequence in sequences:
         stored = {number: features(f"{sequence.name}/{path.name}") for number, path in sequence.images.items()}
-        counts |= {f"{sequence.name}/{number}": len(f["keypoints"]) for number, f in stored.items()}
+        counts += [len(f["keypoints"]) for f in stored.values()]
         for number, homography in sequence.homographies.items():
             errors.append(match_errors(stored[1], stored[number], homography))
-            pairs.append({"sequence": sequence.name, "image": number, "subset": sequence.subset})
+            pairs.append((sequence, number))
     results = {
         "name": name,
         "method": dict(method.config),
         "dataset": dataset,
         "thresholds": list(THRESHOLDS),
-        **_summary(errors, [pair["subset"] for pair in pairs]),
-        "features": {
-            "mean": float(np.mean(list(counts.values()))),
-            "min": min(counts.values()),
-            "max": max(counts.values()),
-        },
+        **_summary(errors, [sequence.subset for sequence, _ in pairs]),
+        "features": {"mean": float(np.mean(counts)), "min": min(counts), "max": max(counts)},
         "pairs": [
-            {**pair, "matches": len(e), "accuracy": mma([e]).tolist()} for pair, e in zip(pairs, errors, strict=True)
+            {"sequence": sequence.name, "image": number, "matches": len(e), "accuracy": mma([e]).tolist()}
+            for (sequence, number), e in zip(pairs, errors, strict=True)
         ],
     }
     write_results(Path(output) / name, results)

@@ -15,6 +15,7 @@ from samfeat.teacher_cache.images import read_image
 
 VERIFICATIONS = ("none", "fundamental", "homography")
 THRESHOLDS = {"fundamental": 1.0, "homography": 3.0}  # pixels: distance to the epipolar line, distance to the point
+CONFIDENCE, TRIALS = 0.9999, 10_000
 
 
 def match_images(
@@ -47,15 +48,15 @@ def match_images(
     """
     if verify not in VERIFICATIONS:
         raise ValueError(f"unknown verification {verify!r}: choose one of {', '.join(VERIFICATIONS)}")
-    images = [read_image(path) for path in (path0, path1)]
-    features0, features1 = (method(image) for image in images)
+    image0, image1 = read_image(path0), read_image(path1)
+    features0, features1 = method(image0), method(image1)
     matches = mutual_matches(features0, features1, ratio=ratio)
     points0, points1 = features0["keypoints"][matches[:, 0]], features1["keypoints"][matches[:, 1]]
     model, inliers = (None, None) if verify == "none" else estimate(points0, points1, model=verify)
     if output is not None:
         order = np.arange(len(matches)) if inliers is None else np.argsort(inliers, kind="stable")
         colors = None if inliers is None else inlier_colors(inliers[order])
-        save_png(output, draw_matches(*images, points0[order], points1[order], colors=colors))
+        save_png(output, draw_matches(image0, image1, points0[order], points1[order], colors=colors))
     return {
         "image0": str(path0),
         "image1": str(path1),
@@ -88,7 +89,12 @@ def estimate(
     nobody = np.zeros(len(points0), bool)
     if len(points0) < (8 if model == "fundamental" else 4):
         return None, nobody
-    solve = cv2.findFundamentalMat if model == "fundamental" else cv2.findHomography
-    options = {"ransacReprojThreshold": THRESHOLDS[model], "confidence": 0.9999, "maxIters": 10_000}
-    found, mask = solve(points0.astype(np.float64), points1.astype(np.float64), method=cv2.USAC_MAGSAC, **options)
+    points0, points1 = points0.astype(np.float64), points1.astype(np.float64)
+    found: np.ndarray | None
+    if model == "fundamental":
+        found, mask = cv2.findFundamentalMat(points0, points1, cv2.USAC_MAGSAC, THRESHOLDS[model], CONFIDENCE, TRIALS)
+    else:
+        found, mask = cv2.findHomography(
+            points0, points1, cv2.USAC_MAGSAC, THRESHOLDS[model], maxIters=TRIALS, confidence=CONFIDENCE
+        )
     return (None, nobody) if found is None else (found, mask.ravel().astype(bool))

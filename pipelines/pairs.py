@@ -23,6 +23,7 @@ DEPTH_TOLERANCE = 0.05  # relative, as MegaDepth's scenes have no common scale; 
 PIXEL_TOLERANCE = 1.5  # there and back again
 MIN_VALID = 32  # fewer correspondences do not make a pair
 TRIES = 20  # draws before a scene is given up for one item
+_BLOCK = 4  # pixels; the best corner of each such block is a candidate
 _CENTRES = 2048  # pixels among which the centre of the crops is sought
 
 
@@ -285,44 +286,45 @@ def _correspond(views: tuple[_View, _View], points0: np.ndarray) -> tuple[np.nda
 def _spread(views: tuple[_View, _View], boxes: tuple[Box, Box]) -> tuple[np.ndarray, np.ndarray]:
     """Up to POINTS correspondences between two crops, spread over what both see, each at its cell's best corner.
 
-    Every pixel of crop 0 is projected; square cells, of a size that about POINTS of them tile the valid pixels, give
-    their pixel of largest Shi-Tomasi response each.
+    The pixel of largest Shi-Tomasi response in each small block of crop 0 is a candidate. Of the candidates that are
+    seen in crop 1, the best ones of square cells are taken, the cells being so large that about POINTS of them tile
+    what both crops see.
 
     Returns:
         points: float32 [2, POINTS, 2], (x, y) in the crops, best first, zero past the last valid one.
         valid: bool [POINTS].
     """
-    (left, top, width, height), (left1, top1, width1, height1) = boxes
-    y, x = np.mgrid[:height, :width]
-    points0 = np.stack([x.ravel(), y.ravel()], axis=1)
+    (left, top, _, _), (left1, top1, width1, height1) = boxes
+    grey = cv2.cvtColor(_crop(views[0].image, boxes[0]), cv2.COLOR_RGB2GRAY)
+    response = np.maximum(cv2.cornerMinEigenVal(grey, blockSize=3), 0)
+    y, x = _best_of_cells(response, _BLOCK)
+    points0 = np.stack([x, y], axis=1)
     points1, valid = _correspond(views, points0 + (left, top))
     points1 -= (left1, top1)
     with np.errstate(invalid="ignore"):
         valid &= np.all((points1 >= 0) & (points1 <= (width1 - 1, height1 - 1)), axis=1)
-    grey = cv2.cvtColor(_crop(views[0].image, boxes[0]), cv2.COLOR_RGB2GRAY)
-    response = cv2.cornerMinEigenVal(grey, blockSize=3)
-    chosen = _best_of_cells(np.where(valid.reshape(height, width), response, -1.0), int(valid.sum()))
+    seen = np.full(response.shape, -1, np.intp)
+    seen[y[valid], x[valid]] = np.flatnonzero(valid)
+    y, x = _best_of_cells(np.where(seen >= 0, response, -1.0), max(1, int(np.sqrt(valid.sum() * _BLOCK**2 / POINTS))))
+    chosen = seen[y, x][:POINTS]
     points, mask = np.zeros((2, POINTS, 2), np.float32), np.zeros(POINTS, bool)
     points[0, : len(chosen)], points[1, : len(chosen)] = points0[chosen], points1[chosen]
     mask[: len(chosen)] = True
     return points, mask
 
 
-def _best_of_cells(response: np.ndarray, area: int) -> np.ndarray:
-    """Flat indices of the best pixel of each cell, best first; pixels of negative response do not count."""
+def _best_of_cells(response: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """(y, x) of the best pixel of each ``side`` x ``side`` cell, best first; negative responses do not count."""
     height, width = response.shape
-    side = max(1, int(np.sqrt(area / POINTS)))
     rows, columns = -(-height // side), -(-width // side)
     padded = np.full((rows * side, columns * side), -1.0)
     padded[:height, :width] = response
     cells = padded.reshape(rows, side, columns, side).swapaxes(1, 2).reshape(rows * columns, side * side)
     within = cells.argmax(axis=1)
     best = cells[np.arange(len(cells)), within]
-    order = np.argsort(-best, kind="stable")[:POINTS]
+    order = np.argsort(-best, kind="stable")
     order = order[best[order] >= 0]
-    y = order // columns * side + within[order] // side
-    x = order % columns * side + within[order] % side
-    return y * width + x
+    return order // columns * side + within[order] // side, order % columns * side + within[order] % side
 
 
 def _crop(image: np.ndarray, box: Box) -> np.ndarray:

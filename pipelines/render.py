@@ -117,9 +117,9 @@ def render_image(
         a, b, inverse = _apply(M, x, y)
         hit = _inside(a, b) & (inverse > nearest[rows, columns]) & (inverse < 1 / _NEAR)
         if hit.any():
-            level = _level(M, a, b, inverse, surface.mipmap)
-            nearest[rows, columns][hit] = inverse[hit]
-            picture[rows, columns][hit] = _texture_at(surface.mipmap, a, b, level, hit)[hit]
+            np.copyto(nearest[rows, columns], inverse, where=hit)
+            colour = _texture_at(surface.mipmap, a, b, _level(M, a, b, inverse, surface.mipmap), hit)
+            np.copyto(picture[rows, columns], colour, where=hit[:, :, None])
     return cv2.resize(picture, camera.size[::-1], interpolation=cv2.INTER_AREA)
 
 

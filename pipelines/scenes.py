@@ -24,6 +24,9 @@ PICTURES = (
 )
 HELD_OUT = ("coffee", "grace_hopper", "chelsea", "flower")  # in no training scene
 
+_FACE_TEXELS = 360  # height of the texture of a face; more would never be seen
+_LIGHT_TEXELS = 256  # longer side of a map of shadows
+
 Photographs = Mapping[str, np.ndarray]
 _Shape = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # texture, corner, right, down: a Surface in the making
 
@@ -102,8 +105,16 @@ def draw_light(rng: np.random.Generator) -> Light:
 def develop(picture: np.ndarray, light: Light, rng: np.random.Generator) -> np.ndarray:
     """A rendered picture, float32 [H, W, 3] in [0, 1], as a camera would store it: uint8."""
     exposed = np.clip(light.gain * light.cast * picture, 0, 1) ** light.gamma
-    noisy = exposed + light.noise * rng.standard_normal(picture.shape)
+    noisy = exposed + light.noise * rng.standard_normal(picture.shape, np.float32)
     return np.round(255 * np.clip(noisy, 0, 1)).astype(np.uint8)
+
+
+def slanted_light(rng: np.random.Generator) -> np.ndarray:
+    """A lamp to one side, float32 [H, W, 1]: full brightness there, a third to two thirds of it on the other side."""
+    direction, dark = rng.uniform(0, 2 * np.pi), rng.uniform(0.3, 0.65)
+    y, x = np.mgrid[-1 : 1 : SIZE[0] * 1j, -1 : 1 : SIZE[1] * 1j]
+    along = (x * np.cos(direction) + y * np.sin(direction) + 1.4143) / 2.8286
+    return (dark + (1 - dark) * along).astype(np.float32)[:, :, None]
 
 
 def sky(rng: np.random.Generator) -> np.ndarray:
@@ -166,6 +177,8 @@ def _clipping(photograph: np.ndarray, right: np.ndarray, down: np.ndarray, rng: 
     top, left = rng.integers(height - rows + 1), rng.integers(width - columns + 1)
     part = photograph[top : top + rows, left : left + columns]
     part = part[:, ::-1] if rng.random() < 0.5 else part
+    if rows > _FACE_TEXELS:
+        part = cv2.resize(part, (int(_FACE_TEXELS * aspect), _FACE_TEXELS), interpolation=cv2.INTER_AREA)
     return _grained(part, 1, rng)
 
 
@@ -186,8 +199,7 @@ def _grained(texture: np.ndarray, largest: float, rng: np.random.Generator) -> n
     stains = np.zeros((height, width), np.float32)
     cells = 2 / largest
     while cells < height:
-        shape = (max(2, int(cells * width / height)), max(2, int(cells)))
-        noise = rng.standard_normal(shape[::-1]).astype(np.float32)
+        noise = rng.standard_normal((max(2, int(cells)), max(2, int(cells * width / height))), np.float32)
         stains += cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC)
         cells *= 2
     tint = rng.uniform(0.88, 1.08, size=3).astype(np.float32)
@@ -200,13 +212,14 @@ def _lit(shapes: list[_Shape], lamp: np.ndarray) -> list[Surface]:
     for texture, corner, right, down in shapes:
         normal = np.cross(right, down)
         facing = abs(float(normal @ lamp)) / np.linalg.norm(normal)
-        shade = np.zeros(texture.shape[:2], np.float32)
+        rows, columns = np.maximum(1, np.array(texture.shape[:2]) * _LIGHT_TEXELS // max(texture.shape))
+        shade = np.zeros((rows, columns), np.float32)
         for _, *other in shapes:
             outline = _shadow(corner, right, down, lamp, *other)
             if outline is not None:
-                pixels = np.clip(outline, -2, 3) * (texture.shape[1], texture.shape[0])
-                cv2.fillConvexPoly(shade, np.round(pixels * 16).astype(np.int32), 1.0, cv2.LINE_AA, shift=4)
-        shade = cv2.GaussianBlur(shade, (0, 0), 0.004 * max(texture.shape))
+                pixels = np.round(np.clip(outline, -2, 3) * (columns, rows) * 16).astype(np.int32)
+                cv2.fillConvexPoly(shade, pixels, 1.0, cv2.LINE_AA, shift=4)
+        shade = cv2.resize(cv2.GaussianBlur(shade, (0, 0), 1.0), texture.shape[1::-1], interpolation=cv2.INTER_LINEAR)
         lit = texture * (0.7 + 0.4 * facing * (1 - shade) - 0.15 * shade)[:, :, None]
         surfaces.append(Surface(corner, right, down, mipmap(lit)))
     return surfaces

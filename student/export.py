@@ -1,8 +1,8 @@
 """Weights as files: safetensors with provenance, written and read; the authors' released checkpoint, read.
 
-A weights file is a safetensors file whose metadata holds five strings: ``format`` and ``version``, and, as JSON,
+A weights file is a safetensors file with one entry of metadata, ``samfeat-weights``, a JSON object: ``version``,
 ``network`` (the fields of ``NetworkConfig``), ``extraction`` (options of ``SAMFeat``) and ``provenance`` (anything that
-says where the weights come from). Nothing is ever unpickled beyond tensors.
+says where the weights come from). Equal contents give equal bytes. Nothing is ever unpickled beyond tensors.
 """
 
 from __future__ import annotations
@@ -68,20 +68,23 @@ def save_weights(
         ValueError: ``extraction`` or ``provenance`` holds something that JSON does not know.
         OSError: the file cannot be written.
     """
-    values = {"network": dataclasses.asdict(network.config), "extraction": extraction, "provenance": provenance}
-    metadata = {"format": FORMAT, "version": str(VERSION)}
-    for name, value in values.items():
-        try:
-            metadata[name] = json.dumps(dict(value), sort_keys=True, allow_nan=False)
-        except TypeError as error:
-            raise ValueError(f"{name} must hold JSON values only: {error}") from error
+    values = {
+        "version": VERSION,
+        "network": dataclasses.asdict(network.config),
+        "extraction": dict(extraction),
+        "provenance": dict(provenance),
+    }
+    try:
+        metadata = json.dumps(values, sort_keys=True, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"extraction and provenance must hold JSON values only: {error}") from error
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
 
     path = Path(path)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(save(tensors, metadata))
+            file.write(save(tensors, {FORMAT: metadata}))
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
@@ -123,16 +126,14 @@ def _load_safetensors(path: Path) -> Loaded:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
     except SafetensorError as error:
         raise ValueError(f"{path} is a damaged safetensors file ({_line(error)}); copy or download it again") from error
-    kind, version = metadata.get("format"), metadata.get("version")
-    if kind != FORMAT:
-        raise ValueError(f"{path} holds other weights (format {kind!r}); {FORMAT!r} is needed")
-    if version != str(VERSION):
-        raise ValueError(f"{path} is of version {version} of {FORMAT}; this program reads version {VERSION}")
+    if FORMAT not in metadata:
+        raise ValueError(f"{path} holds other weights: its metadata lacks {FORMAT!r}")
     try:
-        network, extraction, provenance = (
-            json.loads(metadata[name]) for name in ("network", "extraction", "provenance")
-        )
-        return Loaded(tensors, NetworkConfig(**network), dict(extraction), dict(provenance))
+        values = json.loads(metadata[FORMAT])
+        if values["version"] != VERSION:
+            raise ValueError(f"version {values['version']} of {FORMAT}; this program reads version {VERSION}")
+        config = NetworkConfig(**values["network"])
+        return Loaded(tensors, config, dict(values["extraction"]), dict(values["provenance"]))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} has metadata that cannot be read ({_line(error)})") from error
 

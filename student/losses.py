@@ -1,8 +1,9 @@
 """The losses of the paper as pure functions: batched tensors in, one scalar tensor out.
 
-They hold no state, never wait for the device, and are safe where nothing takes part: an image without valid points, pairs
-or pixels drops out of the mean, and where every image drops out the loss is 0 with a gradient of 0. What does not apply to an
-image (the targets of a view that was warped, for one) is switched off by its mask or its groups, not by a shorter batch.
+They hold no state, never wait for the device, and are safe where nothing takes part: an image without valid points,
+pairs or pixels adds nothing, and where that is so for every image the loss is 0 with a gradient of 0. Targets that do
+not apply to an image (those of a warped view, for one) are switched off by its mask or its groups, not by a shorter
+batch.
 
 Half precision inputs are widened to float32 here, whatever autocast says; float64 stays float64. Relation distillation
 (equations 7 and 8) lives in :mod:`samfeat.student.relation`.
@@ -43,8 +44,8 @@ def detection_loss(
         labels: 1 at keypoints, 0 elsewhere, [B, H, W], any dtype.
         mask: weight of each pixel in [0, 1], [B, H, W], any dtype; 0 where a warp left no image.
         positive_weight: lambda, the weight of a keypoint pixel against any other pixel.
-        form: ``released`` has 1e-4 inside the logarithms, divides by one pixel too many and averages over all images, as
-            the released code; ``paper`` is the stable cross-entropy, averaged over the pixels of the mask.
+        form: ``released`` has 1e-4 inside the logarithms, divides by one pixel too many and averages over all images,
+            as the released code; ``paper`` is the stable cross-entropy, averaged over the pixels of the mask.
     """
     _check(form, DetectionForm, "detection form")
     logits = widen(logits[:, 0])
@@ -91,8 +92,9 @@ def descriptor_loss(
 ) -> Float[Tensor, ""]:
     """Attention-weighted triplet loss with the hardest negative (equations 4 to 6).
 
-    One direction: anchors of image 0, negatives of image 1. For the other one, call again with the sides exchanged and with
-    the ``excluded`` of the points of image 0. Gradients reach descriptors and both attentions.
+    One direction: anchors of image 0, negatives of image 1. For the other one, call again with the sides exchanged and
+    with the ``excluded`` of the points of image 0. Gradients reach the descriptors and both attentions. An image
+    without valid points counts as 0 in the mean over images.
 
     Args:
         descriptors0: unit descriptors of image 0; row i corresponds to row i of ``descriptors1``.
@@ -128,15 +130,15 @@ def wsc_loss(
     """Weakly supervised contrast between the semantic groups of one image (equations 9 to 11).
 
     Points of one group attract each other until they are ``margin`` apart, points of different groups repel each other.
-    An image whose groups are all -1 drops out. The paper's equation 11, taken literally, pulls different groups together;
-    the forms are:
+    An image whose groups are all -1 drops out. The paper's equation 11, taken literally, pulls different groups
+    together; the forms are:
 
     - ``mean_softplus``, the paper's intent: softplus((max(P, M) - N) / T) with P and N the mean distances (9) and (10)
       between unit descriptors. ``attention`` and ``excluded`` play no part. Images need a pair of each kind.
     - ``released``: for every point j, -ln(p / (p + n)) with p and n the sums of e^(-distance / T) over *all* points i,
       distance 0 where the pair is of the other kind, between attention-weighted descriptors; j is its own positive.
-    - ``masked_infonce``: the same with sums over the pairs of their own kind alone, i = j left out; points without a pair
-      of each kind drop out.
+    - ``masked_infonce``: the same with sums over the pairs of their own kind alone, i = j left out; points without a
+      pair of each kind drop out.
 
     Args:
         descriptors: unit descriptors.
@@ -218,7 +220,7 @@ def masked_mean(values: Float[Tensor, "b ..."], weights: Tensor) -> Float[Tensor
     return mean_over_images((weights * values).flatten(1).sum(1) / total.clamp(min=1), total > 0)
 
 
-def mean_over_images(values: Float[Tensor, "b"], used: Bool[Tensor, "b"]) -> Float[Tensor, ""]:
+def mean_over_images(values: Float[Tensor, " b"], used: Bool[Tensor, " b"]) -> Float[Tensor, ""]:
     """Mean of the finite ``values`` of the images in use, 0 if there is none."""
     return (used * values).sum() / used.sum().clamp(min=1)
 
@@ -252,7 +254,7 @@ def _group_pairs(groups: Int[Tensor, "b n"], *, background_is_group: bool, itsel
     return positive, taking_part & ~same
 
 
-def _mean_of_pairs(distances: Float[Tensor, "b n n"], pairs: Bool[Tensor, "b n n"]) -> Float[Tensor, "b"]:
+def _mean_of_pairs(distances: Float[Tensor, "b n n"], pairs: Bool[Tensor, "b n n"]) -> Float[Tensor, " b"]:
     return (pairs * distances).sum((1, 2)) / pairs.sum((1, 2)).clamp(min=1)
 
 

@@ -302,7 +302,8 @@ def normalise(descriptors: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
 
 
 def _conv(channels_in: int, channels_out: int, *, size: int = 3) -> nn.Conv2d:
-    return nn.Conv2d(channels_in, channels_out, size, padding=size // 2)
+    with torch.random.fork_rng(devices=[]):  # the weights drawn here are replaced by reset_parameters
+        return nn.Conv2d(channels_in, channels_out, size, padding=size // 2)
 
 
 def _scalar(value: float) -> nn.Parameter:

@@ -1,9 +1,9 @@
-"""Distillation of the teacher's embedding into the student's: by relations (equations 7 and 8) or by the features themselves.
+"""Distillation of the teacher's embedding: by its relations (equations 7 and 8) or by the features themselves.
 
-The relation matrices of an image have (h w)^2 entries, 6.25 million at 400 x 400 pixels. They are never stored: with unit
-features s and t, D = R' - R = [s, t] [s, -t]^T, and as the loss is sum(e^W |D|) / Z, its gradient with respect to s is
-2 / Z (e^W sign(D)) s. So one pass over row tiles gives the loss and the gradient, and as D and W are symmetric, tiles on and
-above the diagonal do.
+The relation matrices of an image have (h w)^2 entries, 6.25 million at 400 x 400 pixels, and are never stored whole.
+With unit features s and t, the difference is D = R' - R = [s, t] [s, -t]^T, the loss sum(e^W |D|) / Z and its gradient
+by s simply 2 / Z (e^W sign(D)) s. So one pass over row tiles gives both, and as D and W are symmetric, it takes only
+the tiles on and right of the diagonal.
 """
 
 from __future__ import annotations
@@ -34,26 +34,24 @@ def relation_loss(
     pairs weigh the same. That is also what the released code computes: it multiplies the features by the attention
     *before* it normalises them, which cancels.
 
-    The attention gets no gradient: a pair of a position with itself never errs, so that all weight on one position would
-    bring the loss to zero. Under autocast the matrix products run in its dtype, everything else in float32.
+    The attention gets no gradient: a position never differs from itself, so that all weight on one position would bring
+    the loss to zero. Under autocast the matrix products run in its dtype, everything else in float32.
 
     Args:
         student: distillation feature of the student; its h x w positions are compared.
-        teacher: embedding of the teacher, any size and number of channels, float16 as stored or wider; resized bilinearly.
+        teacher: embedding of the teacher, any size and channels, float16 as stored or wider; resized bilinearly.
         attention: attention map, any size; resized bilinearly.
-        valid: where the targets hold, at any resolution; None for everywhere. A position takes part if all of its pixels
-            are valid, a pair if both of its positions do.
+        valid: where the targets hold, at any resolution; None for everywhere. A position takes part if all of its
+            pixels are valid, a pair if both of its positions do; images without any drop out.
     """
-    batch, _, height, width = student.shape
     mask = _valid_positions(valid, student).flatten(1)
     features = _unit(widen(student)) * mask[:, :, None]
     targets = _unit(_resized(teacher, student)) * mask[:, :, None]
-    if attention is not None:
-        attention = _resized(attention.detach(), student).flatten(1) * mask
+    weights = None if attention is None else _resized(attention.detach(), student).flatten(1).to(features) * mask
     device = student.device.type
-    reduced = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else features.dtype
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else features.dtype
     with torch.autocast(device, enabled=False):
-        losses = _RelationGap.apply(features, targets, attention, mask, reduced)
+        losses = _RelationGap.apply(features, targets, weights, mask, dtype)
     return mean_over_images(losses, mask.any(1))
 
 
@@ -92,7 +90,7 @@ class _RelationGap(torch.autograd.Function):
     def forward(
         ctx: Any, features: Tensor, targets: Tensor, attention: Tensor | None, mask: Tensor, dtype: torch.dtype
     ) -> Tensor:
-        losses, gradient = torch.zeros_like(features[:, 0, 0]), torch.zeros_like(features)
+        losses, gradient = features.new_zeros(len(features)), torch.zeros_like(features)
         for b in range(len(features)):
             weights = None if attention is None else attention[b]
             losses[b] = _gap_of_image(features[b], targets[b], weights, mask[b], dtype, gradient[b])
@@ -101,17 +99,23 @@ class _RelationGap(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradients[0][:, None, None] * gradient, None, None, None, None
+        return upstream[0][:, None, None] * gradient, None, None, None, None
 
 
 def _gap_of_image(
     features: Tensor, targets: Tensor, attention: Tensor | None, mask: Tensor, dtype: torch.dtype, gradient: Tensor
 ) -> Tensor:
-    """Loss of one image; fills ``gradient`` [n, c] with its derivative by the features. Products run in ``dtype``."""
+    """Loss of one image; fills ``gradient`` [n, c], zeros at first, with its derivative by the features.
+
+    The products of the features run in ``dtype``. A tile reaches from the diagonal to the right; its mirror image
+    below the diagonal is added along with it, for which its square on the diagonal, its own mirror image, is halved.
+    """
     counted = mask.to(features.dtype)
-    total, weight_sum = torch.zeros_like(counted[0]), torch.zeros_like(counted[0])
+    half_total, half_weights = features.new_zeros(()), counted.sum().square() / 2
+    if attention is not None:
+        half_weights, peak = features.new_zeros(()), attention.abs().amax().square()
     left = torch.cat([features, targets], 1).to(dtype)
     right = torch.cat([features, -targets], 1).to(dtype)
     narrow = features.to(dtype)
@@ -119,21 +123,20 @@ def _gap_of_image(
         rows, columns = slice(start, start + _TILE), slice(start, None)
         gap = left[rows] @ right[columns].T
         pull = gap.sign()
-        if attention is not None:
-            weight = torch.exp(torch.outer(attention[rows], attention[columns]) - attention.abs().amax().square())
-            weight[:, : len(weight)] *= 0.5
-            weight_sum += 2 * (counted[rows] @ (weight @ counted[columns]))
-            pull *= weight
+        square = slice(0, len(pull))
+        if attention is None:
+            pull[:, square] *= 0.5
         else:
-            pull[:, : len(pull)] *= 0.5
-        total += 2 * (gap * pull).sum(dtype=features.dtype)
+            weight = torch.exp(torch.outer(attention[rows], attention[columns]) - peak)
+            weight[:, square] *= 0.5
+            half_weights += counted[rows] @ (weight @ counted[columns])
+            pull *= weight
+        half_total += (gap * pull).sum(dtype=features.dtype)
         gradient[rows] += pull @ narrow[columns]
         gradient[columns] += pull.T @ narrow[rows]
-    if attention is None:
-        weight_sum = counted.sum().square()
-    weight_sum = weight_sum.clamp(min=1)
-    gradient *= 2 / weight_sum
-    return total / weight_sum
+    half_weights = half_weights.clamp(min=0.5)  # only ever less where nothing is valid: the largest weight is 1
+    gradient /= half_weights
+    return half_total / half_weights
 
 
 def _unit(features: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n c"]:

@@ -92,9 +92,7 @@ def fetch_checkpoint(model: str | Checkpoint, folder: Path, *, progress: Progres
     path = folder / checkpoint.name
     if path.exists():
         if file_sha256(path) != checkpoint.sha256:
-            raise ValueError(
-                f"{path} exists, but is not what {checkpoint.url} holds: move it away and fetch again"
-            )
+            raise ValueError(f"{path} exists, but is not what {checkpoint.url} holds: move it away and fetch again")
         return path
 
     part = path.with_name(path.name + ".part")

@@ -19,7 +19,7 @@ Style = Literal["soft", "thinned", "binary"]
 STYLES: tuple[str, ...] = get_args(Style)
 
 BINARY_THRESHOLD = 0.25  # of the strength range [0, 1]; a ring of full strength keeps about 0.75 after the blur of 3
-ORIENTATION_SIGMA = 2.0  # pixels; scale at which the direction across an edge is read
+ORIENTATION_SIGMA = 1.5  # pixels; scale at which the direction across an edge is read
 CHUNK_PIXELS = 1 << 22  # mask pixels in flight: about eight float32 maps of this size
 
 

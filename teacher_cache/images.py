@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import cv2
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+
 from samfeat.teacher_cache.schema import POINTS
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp"})
@@ -274,9 +275,8 @@ class MtldescSource:
         image = read_image(data, name=str(path))
         height, width = self.crop_size
         if image.shape[:2] != (height, 2 * width):
-            raise ValueError(
-                f"{path} is {image.shape[1]}x{image.shape[0]}, expected {2 * width}x{height} like the rest"
-            )
+            size = f"{image.shape[1]}x{image.shape[0]}"
+            raise ValueError(f"{path} is {size}, but the first is {2 * width}x{height}; leave one kind out")
         points, valid = self._correspondences(self.root / "despoint" / f"{name}.npz")
         return SourceItem(
             images=(image[:, :width].copy(), image[:, width:].copy()),
@@ -309,9 +309,7 @@ class MtldescSource:
             sides = [found[f"desp_point{side}"].reshape(number, 2).astype(np.float64) for side in (1, 2)]
             raw = found["raw_desp_point1"].reshape(number, 2).astype(np.float64)
         except ValueError:
-            raise ValueError(
-                f"{path}: desp_point1, desp_point2, raw_desp_point1, valid_mask differ in length"
-            ) from None
+            raise ValueError(f"{path}: its points differ in number from its valid_mask ({number})") from None
         pixels = np.stack([(side + 1) * half for side in sides])
         if not _agree(raw, pixels[0]):
             raise ValueError(f"{path}: raw_desp_point1 is desp_point1 neither in (x, y) nor in (y, x); file damaged?")
@@ -341,9 +339,7 @@ def _agree(raw: np.ndarray, points: np.ndarray) -> bool:
 def _read_npz(path: Path, keys: tuple[str, ...]) -> dict[str, np.ndarray]:
     """The named arrays of an npz file; nothing is unpickled."""
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is missing; every image needs its file of the same name in {path.parent.name}/"
-        )
+        raise FileNotFoundError(f"{path} is missing; every image needs one in {path.parent.name}/")
     try:
         with np.load(path, allow_pickle=False) as file:
             missing = [key for key in keys if key not in file]

@@ -40,7 +40,7 @@ class RegionParameters:
     radii: tuple[float, float, float] = (1.5, 5.0, 10.0)
     smoothing: float = 1.0
     contrast: float = 0.3
-    size_exponent: float = 0.5
+    size_exponent: float = 0.4
     size_scale: float = 0.013
 
 

@@ -3,6 +3,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.ndimage import map_coordinates
+from scipy.stats import kstest, uniform
+
 from samfeat.pipelines.homography import (
     HomographyConfig,
     photometric,
@@ -12,8 +15,6 @@ from samfeat.pipelines.homography import (
     warp_points,
     warp_targets,
 )
-from scipy.ndimage import map_coordinates
-from scipy.stats import kstest, uniform
 
 SIZE = (48, 64)
 

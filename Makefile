@@ -1,0 +1,86 @@
+# `make` lists the verbs. Everything runs in .venv, which the first verb that needs it makes.
+
+PYTHON ?= python3.11
+VENV   ?= .venv
+DATA   ?= sample
+CACHE  ?= teacher_cache
+TEACHER ?= classical
+CHECKPOINT ?=
+OUT    ?= runs/default
+PRESET ?= default
+DEMO   ?= demo
+ARGS   ?=
+
+BIN := $(VENV)/bin
+CLI := $(BIN)/samfeat-cli
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test teacher-cache inspect train evaluate check bench clean clean-cache
+
+help:  ## list the verbs
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+install: $(READY)  ## make .venv and install the project with its tools
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(READY)  ## the whole mission on the embedded sample, about ten minutes on two cores
+	@echo "== 1/6 sample: scenes with exact geometry, and a real stereo pair"
+	$(CLI) sample $(DEMO)/sample
+	@echo "== 2/6 stage one: the teacher writes its targets into the cache"
+	$(CLI) teacher-cache --data $(DEMO)/sample --cache $(DEMO)/cache --crop-size 240 --pairs-per-scene 12
+	@echo "== 3/6 what the cache holds"
+	$(CLI) inspect-cache $(DEMO)/cache --html $(DEMO)/gallery.html --verify
+	@echo "== 4/6 stage two: the student learns from the cache"
+	$(CLI) train --cache $(DEMO)/cache --out $(DEMO)/run --preset sample --resume auto
+	@echo "== 5/6 evaluation on held-out sequences"
+	$(CLI) evaluate hpatches --data $(DEMO)/sample/heldout --out $(DEMO)/evaluation --method sift
+	$(CLI) evaluate hpatches --data $(DEMO)/sample/heldout --out $(DEMO)/evaluation --weights $(DEMO)/run/weights.safetensors
+	@echo "== 6/6 matches on a real image pair"
+	$(CLI) match $(DEMO)/sample/MOTORCYCLE0 $(DEMO)/sample/MOTORCYCLE1 --weights $(DEMO)/run/weights.safetensors --out $(DEMO)/matches.png
+	@echo "== look at"
+	@echo "$(DEMO)/gallery.html             what the teacher saw"
+	@echo "$(DEMO)/run/curves.png           how the student learned"
+	@echo "$(DEMO)/evaluation/mma.png       its accuracy beside SIFT's"
+	@echo "$(DEMO)/matches.png              its matches on a real image pair"
+	@echo "$(DEMO)/run/weights.safetensors  the student itself: SAMFeat.from_pretrained(...)"
+
+test: $(READY)  ## run all tests
+	$(BIN)/pytest $(ARGS)
+
+sample: $(READY)
+	$(CLI) sample sample
+
+teacher-cache: $(READY) $(filter sample,$(DATA))  ## stage one: DATA=photos TEACHER=classical|sam_vit_h CHECKPOINT=file CACHE=folder
+	$(CLI) teacher-cache --data $(DATA) --cache $(CACHE) --teacher $(TEACHER) $(if $(CHECKPOINT),--checkpoint $(CHECKPOINT)) $(ARGS)
+
+inspect: $(READY)  ## summary of CACHE, and a gallery beside it
+	$(CLI) inspect-cache $(CACHE) --html $(CACHE)/gallery.html $(ARGS)
+
+train: $(READY)  ## stage two: CACHE=folder OUT=runs/name PRESET=default|paper|released|sample
+	$(CLI) train --cache $(CACHE) --out $(OUT) --preset $(PRESET) --resume auto $(ARGS)
+
+evaluate: $(READY)  ## HPatches protocol: DATA=folder of sequences, the weights of OUT
+	$(CLI) evaluate hpatches --data $(DATA) --weights $(OUT)/weights.safetensors $(ARGS)
+
+check: $(READY)  ## formatting, lint, types, import contracts
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	@mkdir -p .typing && ln -sfn $(CURDIR) .typing/samfeat
+	MYPYPATH=.typing $(BIN)/mypy -p samfeat
+	$(BIN)/lint-imports
+
+bench: $(READY)  ## measurements, written to bench/
+	@for file in tests/benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file; done
+
+clean:  ## remove build products and tool caches; never a store
+	rm -rf build dist .typing .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis samfeat.egg-info
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+clean-cache:  ## remove the stores of CACHE, after asking
+	@ls -d $(CACHE)/*.zarr && read -p "Remove these? [y/N] " answer && [ "$$answer" = y ] && rm -rf $(CACHE)/*.zarr

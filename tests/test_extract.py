@@ -1,0 +1,241 @@
+import json
+from pathlib import Path
+
+import cv2
+import h5py
+import numpy as np
+import pytest
+
+from samfeat.pipelines.extract import Features, Method, extract_folder, load_method, read_features
+
+
+@pytest.fixture
+def photo() -> np.ndarray:
+    """Blobs and corners that every detector finds."""
+    rng = np.random.default_rng(3)
+    image = np.full((160, 200, 3), 90, np.uint8)
+    for _ in range(60):
+        x, y, r = rng.integers(10, 190), rng.integers(10, 150), rng.integers(3, 12)
+        cv2.rectangle(image, (int(x), int(y)), (int(x + r), int(y + r)), rng.integers(0, 255, 3).tolist(), -1)
+    return image
+
+
+@pytest.fixture
+def folder(tmp_path, photo) -> Path:
+    root = tmp_path / "images"
+    (root / "deep").mkdir(parents=True)
+    cv2.imwrite(str(root / "b.png"), photo)
+    cv2.imwrite(str(root / "deep" / "a.ppm"), photo[:, :150])
+    (root / "notes.txt").write_text("not an image")
+    return root
+
+
+class Counting:
+    """A method that tells how often it ran: one keypoint, at the image's size."""
+
+    def __init__(self, fail_at: int | None = None) -> None:
+        self.calls, self.fail_at = 0, fail_at
+
+    def __call__(self, image: np.ndarray) -> Features:
+        if self.calls == self.fail_at:
+            raise KeyboardInterrupt
+        self.calls += 1
+        size = np.array(image.shape[1::-1])
+        return {
+            "keypoints": size[None].astype(np.float32),
+            "scores": np.ones(1, np.float32),
+            "descriptors": np.arange(4, dtype=np.float32)[None],
+            "image_size": size,
+        }
+
+
+def counting(**config) -> tuple[Method, Counting]:
+    extract = Counting(config.pop("fail_at", None))
+    return Method("count", {"method": "count", **config}, extract), extract
+
+
+@pytest.mark.parametrize("name", ["sift", "orb"])
+def test_opencv_features_are_unit_sorted_and_capped(name, photo):
+    features = load_method(name, max_keypoints=20)(photo)
+    assert 10 < len(features["keypoints"]) <= 20
+    assert features["image_size"].tolist() == [200, 160]
+    assert (features["keypoints"] >= 0).all()
+    assert (features["keypoints"] < [200, 160]).all()
+    assert (np.diff(features["scores"]) <= 0).all()
+    assert np.linalg.norm(features["descriptors"], axis=1) == pytest.approx(1, abs=1e-5)
+    assert {key: values.dtype for key, values in features.items() if key != "image_size"} == {
+        "keypoints": np.float32, "scores": np.float32, "descriptors": np.float32,
+    }  # fmt: skip
+
+
+def test_sift_finds_a_blob_where_it_is():
+    y, x = np.mgrid[:80, :100]
+    blob = 40 + 180 * np.exp(-((x - 51.3) ** 2 + (y - 38.6) ** 2) / (2 * 5.0**2))
+    features = load_method("sift")(np.repeat(blob.round().astype(np.uint8)[..., None], 3, 2))
+    assert features["keypoints"][0] == pytest.approx([51.3, 38.6], abs=0.05)
+
+
+def test_sift_reads_rgb_not_bgr():
+    y, x = np.mgrid[:60, :60]
+    blob = np.exp(-((x - 30) ** 2 + (y - 30) ** 2) / (2 * 4.0**2))
+    red, blue = np.zeros((60, 60, 3), np.uint8), np.zeros((60, 60, 3), np.uint8)
+    red[..., 0] = blue[..., 2] = (255 * blob).astype(np.uint8)
+    sift = load_method("sift")
+    assert len(sift(red)["scores"]) > 0
+    assert len(sift(blue)["scores"]) == 0  # red weighs 0.30 in grey, blue 0.11: too faint
+
+
+def test_orb_dot_products_are_hamming_distances(photo):
+    features = load_method("orb", max_keypoints=30)(photo)
+    found = cv2.ORB_create(nfeatures=30).detectAndCompute(cv2.cvtColor(photo, cv2.COLOR_RGB2GRAY), None)
+    by_response = np.argsort([-k.response for k in found[0]], kind="stable")
+    codes = found[1][by_response]
+    hamming = np.array([[cv2.norm(a, b, cv2.NORM_HAMMING) for b in codes] for a in codes])
+    assert features["descriptors"] @ features["descriptors"].T == pytest.approx(1 - hamming / 128, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["sift", "orb"])
+def test_nothing_to_see_is_a_normal_result(name):
+    features = load_method(name)(np.full((50, 60, 3), 128, np.uint8))
+    assert features["keypoints"].shape == (0, 2)
+    assert features["scores"].shape == (0,)
+    assert features["descriptors"].shape == (0, {"sift": 128, "orb": 256}[name])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "surf"}, "sift"),
+        ({"name": "samfeat"}, "weights"),
+        ({"name": "sift", "weights": "some.safetensors"}, "no weights"),
+        ({"name": "sift", "max_keypoints": 0}, "at least 1"),
+    ],
+)
+def test_bad_methods_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        load_method(**arguments)
+
+
+def test_samfeat_from_its_weights_file(tmp_path, photo):
+    from samfeat.student.extractor import SAMFeat
+
+    model = SAMFeat("default", detection_threshold=0.0)
+    model.save(tmp_path / "a.safetensors")
+    method = load_method("samfeat", weights=tmp_path / "a.safetensors", max_keypoints=20, device="cpu")
+    features = method(photo)
+    expected = model.extract(photo)
+    assert features["keypoints"] == pytest.approx(expected["keypoints"][:20].numpy())
+    assert features["descriptors"] == pytest.approx(expected["descriptors"][:20].numpy())
+    assert method.config["max_keypoints"] == 20
+    assert json.loads(json.dumps(dict(method.config))) == method.config
+    with pytest.raises(FileNotFoundError, match="absent"):
+        load_method("samfeat", weights=tmp_path / "absent.safetensors")
+
+
+def test_hloc_file_reads_back_with_h5py(folder, tmp_path, photo):
+    sift = load_method("sift", max_keypoints=25)
+    summary = extract_folder(folder, tmp_path / "out" / "feats.h5", method=sift)
+    assert (summary.written, summary.skipped, summary.failed) == (["b.png", "deep/a.ppm"], [], {})
+    expected = sift(photo[..., ::-1].copy())  # cv2.imwrite took the fixture for BGR
+    with h5py.File(tmp_path / "out" / "feats.h5") as file:
+        group = file["b.png"]
+        assert group["keypoints"][()] == pytest.approx(expected["keypoints"])
+        assert group["descriptors"].shape == (128, 25)  # hloc stores one descriptor a column
+        assert pytest.approx(expected["descriptors"]) == group["descriptors"][()].T
+        assert group["scores"].shape == (25,)
+        assert group["image_size"][()].tolist() == [200, 160]
+        assert group["keypoints"].attrs["uncertainty"] == 1.0
+        assert file["deep/a.ppm"]["image_size"][()].tolist() == [150, 160]
+        again = read_features(file, "b.png")
+        assert again["descriptors"] == pytest.approx(expected["descriptors"])
+
+
+def test_d2net_files_read_back_with_numpy(folder, tmp_path, photo):
+    sift = load_method("sift", max_keypoints=25)
+    seen = []
+    extract_folder(folder, tmp_path / "out", method=sift, format="d2net", progress=lambda *state: seen.append(state))
+    assert seen == [(1, 2), (2, 2)]
+    with np.load(tmp_path / "out" / "b.png.sift") as file:
+        assert sorted(file) == ["descriptors", "keypoints", "scores"]
+        assert file["keypoints"].shape == (25, 2)
+        assert file["descriptors"].shape == (25, 128)
+        assert file["descriptors"] == pytest.approx(sift(photo[..., ::-1].copy())["descriptors"])
+    assert sorted(p.name for p in (tmp_path / "out" / "deep").iterdir()) == ["a.ppm.sift"]
+
+
+@pytest.mark.parametrize("format", ["hloc", "d2net"])
+def test_an_interrupted_run_goes_on(folder, tmp_path, format):
+    method, _ = counting(fail_at=1)
+    with pytest.raises(KeyboardInterrupt):
+        extract_folder(folder, tmp_path / "out", method=method, format=format)
+    method, extract = counting()
+    summary = extract_folder(folder, tmp_path / "out", method=method, format=format)
+    assert (summary.written, summary.skipped, extract.calls) == (["deep/a.ppm"], ["b.png"], 1)
+    summary = extract_folder(folder, tmp_path / "out", method=method, format=format)
+    assert (summary.written, summary.skipped, extract.calls) == ([], ["b.png", "deep/a.ppm"], 1)
+    extract_folder(folder, tmp_path / "out", method=method, format=format, overwrite=True)
+    assert extract.calls == 3
+
+
+def test_half_a_group_is_not_taken_for_features(folder, tmp_path, monkeypatch):
+    output = tmp_path / "feats.h5"
+    method, _ = counting()
+
+    def full(*_):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(h5py.File, "move", full)
+        with pytest.raises(OSError, match="disk full"):
+            extract_folder(folder, output, method=method)
+    assert extract_folder(folder, output, method=method).written == ["b.png", "deep/a.ppm"]
+    with h5py.File(output) as file:
+        assert sorted(file) == ["b.png", "deep"]
+
+
+@pytest.mark.parametrize("format", ["hloc", "d2net"])
+def test_another_configuration_is_refused_with_the_difference(folder, tmp_path, format):
+    extract_folder(folder, tmp_path / "out", method=counting(threshold=0.5)[0], format=format)
+    other, extract = counting(threshold=0.7)
+    with pytest.raises(ValueError, match=r"threshold 0\.5 there, 0\.7 here"):
+        extract_folder(folder, tmp_path / "out", method=other, format=format)
+    assert extract.calls == 0
+    extract_folder(folder, tmp_path / "out", method=other, format=format, overwrite=True)
+    assert extract.calls == 2
+
+
+def test_bad_images_are_reported_not_fatal(folder, tmp_path):
+    (folder / "broken.jpg").write_bytes((folder / "b.png").read_bytes()[:500])
+    (folder / "empty.png").write_bytes(b"")
+    summary = extract_folder(folder, tmp_path / "feats.h5", method=counting()[0])
+    assert summary.written == ["b.png", "deep/a.ppm"]
+    assert sorted(summary.failed) == ["broken.jpg", "empty.png"]
+    assert "empty" in summary.failed["empty.png"]
+
+
+def test_a_list_names_images_relative_to_itself(folder, tmp_path):
+    (folder / "list.txt").write_text("deep/a.ppm\n\nb.png\n")
+    assert extract_folder(folder / "list.txt", tmp_path / "f.h5", method=counting()[0]).written == [
+        "deep/a.ppm",
+        "b.png",
+    ]
+    (folder / "list.txt").write_text("gone.png\n")
+    with pytest.raises(FileNotFoundError, match=r"gone\.png"):
+        extract_folder(folder / "list.txt", tmp_path / "f.h5", method=counting()[0])
+
+
+def test_bad_inputs_are_refused_in_one_line(folder, tmp_path):
+    method = counting()[0]
+    (tmp_path / "none").mkdir()
+    (tmp_path / "text.h5").write_text("no HDF5")
+    cases = [
+        (tmp_path / "none", tmp_path / "f.h5", "hloc", ValueError, "no image"),
+        (tmp_path / "absent", tmp_path / "f.h5", "hloc", FileNotFoundError, "does not exist"),
+        (folder / "b.png", tmp_path / "f.h5", "hloc", ValueError, "not a text file"),
+        (folder, tmp_path / "f.h5", "colmap", ValueError, "hloc, d2net"),
+        (folder, tmp_path / "text.h5", "hloc", OSError, "HDF5"),
+    ]
+    for images, output, format, error, message in cases:
+        with pytest.raises(error, match=message) as caught:
+            extract_folder(images, output, method=method, format=format)
+        assert "\n" not in str(caught.value)

@@ -1,0 +1,389 @@
+"""SAMFeat against a plain re-statement of the released extraction, and with every kind of image."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from samfeat.student.extractor import EXTRACTION_PRESETS, SAMFeat, as_rgb
+from samfeat.student.matching import match
+from samfeat.student.network import PRESETS, DenseOutput, SAMFeatNetwork, network_preset
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def photo(height=70, width=90, seed=0):
+    """Smooth colours with some texture, uint8 RGB."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 256, (8, 8, 3)).astype(np.float32)
+    image = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC) + rng.normal(0, 12, (height, width, 3))
+    return np.clip(image, 0, 255).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def lively():
+    """A released network whose heat-map has peaks around the threshold of 0.9 and below."""
+    network = SAMFeatNetwork(network_preset("released"), generator=torch.Generator().manual_seed(5)).eval()
+    with torch.no_grad():
+        heat = network(torch.from_numpy(photo()).permute(2, 0, 1)[None] / 127.5 - 1).heatmap
+        for k in (1, 2, 3, 4):
+            head = network.get_submodule(f"heatmap{k}")
+            head.weight.mul_(1.5 / heat.std())
+            head.bias.copy_((head.bias - heat.mean()) * 1.5 / heat.std() + 0.5)
+    return network
+
+
+# --------------------------------------------------------------------- the released extraction, plainly written again
+
+
+def plain_released(network, image, threshold=0.9):
+    height, width = image.shape[:2]
+    h, w = (int(np.round(n / 16) * 16) for n in (height, width))
+    resized = cv2.resize(image, (w, h), interpolation=cv2.INTER_LINEAR)
+    with torch.no_grad():
+        dense = network((torch.from_numpy(resized).float() / 255 * 2 - 1).permute(2, 0, 1)[None])
+    heat, edges = dense.heatmap[0, 0].numpy(), cv2.resize(dense.edges[0, 0].numpy(), (w, h))
+    probability = 1 / (1 + np.exp(-(heat + edges).astype(np.float64)))
+
+    candidates = [(probability[y, x], x, y) for y in range(h) for x in range(w) if probability[y, x] >= threshold]
+    taken = []
+    for score, x, y in sorted(candidates, reverse=True):
+        if all(max(abs(x - u), abs(y - v)) > 4 for _, u, v in taken):
+            taken.append((score, x, y))
+    taken = [(score, x, y) for score, x, y in taken if 4 <= x < w - 4 and 4 <= y < h - 4]
+
+    keypoints, scores, descriptors = [], [], []
+    for score, x, y in taken:
+        feature = bilinear(dense.descriptors[0].numpy(), x / (w - 1), y / (h - 1))
+        attention = bilinear(dense.attention[0].numpy(), x / (w - 1), y / (h - 1))
+        keypoints.append((x * width / w, y * height / h))
+        scores.append(score)
+        descriptors.append(attention * feature / np.sqrt((feature**2).sum()))
+    return np.array(keypoints), np.array(scores), np.array(descriptors)
+
+
+def bilinear(maps, u, v):
+    """Value at (u, v) in [0, 1], whose ends are the outer edges of the first and the last cell."""
+    _, rows, columns = maps.shape
+    x, y = u * columns - 0.5, v * rows - 0.5
+    x0, y0 = int(np.floor(x)), int(np.floor(y))
+    fx, fy = x - x0, y - y0
+    top = (1 - fx) * maps[:, y0, x0] + fx * maps[:, y0, x0 + 1]
+    bottom = (1 - fx) * maps[:, y0 + 1, x0] + fx * maps[:, y0 + 1, x0 + 1]
+    return (1 - fy) * top + fy * bottom
+
+
+@pytest.mark.parametrize("size", [(64, 96), (70, 90), (88, 72), (104, 57)])  # 88 and 72 are half-way: to even
+def test_released_preset_equals_the_plain_restatement(lively, size):
+    image = photo(*size, seed=sum(size))
+    keypoints, scores, descriptors = plain_released(lively, image)
+    found = SAMFeat("released", network=lively).extract(image)
+    assert len(keypoints) > 5
+    np.testing.assert_allclose(found["keypoints"], keypoints, atol=1e-4)
+    np.testing.assert_allclose(found["scores"], scores, atol=1e-6)
+    np.testing.assert_allclose(found["descriptors"], descriptors, atol=1e-5)
+    assert found["image_size"].tolist() == [size[1], size[0]]
+
+
+def test_result_types(lively):
+    found = SAMFeat("released", network=lively).extract(photo())
+    count = len(found["keypoints"])
+    assert {name: (value.dtype, tuple(value.shape)) for name, value in found.items()} == {
+        "keypoints": (torch.float32, (count, 2)),
+        "scores": (torch.float32, (count,)),
+        "descriptors": (torch.float32, (count, 128)),
+        "image_size": (torch.int64, (2,)),
+    }
+    assert (found["scores"].diff() <= 0).all()
+    assert not found["descriptors"].requires_grad
+
+
+def test_a_small_image_is_scaled_up_and_its_keypoints_back(lively):
+    found = SAMFeat("released", network=lively, detection_threshold=0.0, border=0).extract(photo(12, 30))
+    assert len(found["keypoints"]) > 0
+    assert (found["keypoints"].amax(dim=0) <= torch.tensor([29, 11])).all()
+    assert found["image_size"].tolist() == [30, 12]
+
+
+# ------------------------------------------------------------------------------------------------------------ options
+
+
+def test_max_keypoints_keeps_the_best(lively):
+    everything, few = (SAMFeat("released", network=lively, max_keypoints=n).extract(photo()) for n in (None, 5))
+    assert len(everything["scores"]) > 5
+    for name in ("keypoints", "scores", "descriptors"):
+        assert torch.equal(few[name], everything[name][:5])
+
+
+def test_unit_descriptors_are_the_weighted_ones_without_their_length(lively):
+    weighted, unit = (
+        SAMFeat("released", network=lively, weighted_descriptors=w).extract(photo())["descriptors"]
+        for w in (True, False)
+    )
+    np.testing.assert_allclose(unit.norm(dim=1), 1, atol=1e-5)
+    np.testing.assert_allclose(weighted / weighted.norm(dim=1, keepdim=True), unit, atol=1e-5)
+    assert weighted.norm(dim=1).std() > 1e-3
+
+
+class Crafted(SAMFeatNetwork):
+    """Says what it is told: a heat-map logit as a function of (x, y), and edges of probability 0.5."""
+
+    def __init__(self, preset, logit):
+        super().__init__(network_preset(preset))
+        self.logit = logit
+
+    def forward(self, images):
+        h, w = images.shape[2] // 4, images.shape[3] // 4
+        y, x = torch.meshgrid(torch.arange(images.shape[2]), torch.arange(images.shape[3]), indexing="ij")
+        cells = torch.stack(torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")) * 4 + 1.5
+        descriptors = torch.cat((cells.flip(0), torch.ones(126, h, w)))[None]
+        heat = self.logit(x.float(), y.float())[None, None]
+        half, ones = torch.full((1, 1, h, w), 0.5), torch.ones(1, 1, h, w)
+        return DenseOutput(heat, descriptors, ones, descriptors, half, (heat,) * 4)
+
+
+def peak(x, y):
+    return 3 - 0.2 * ((x - 40.3) ** 2 + (y - 29.6) ** 2)
+
+
+def test_subpixel_keypoint_lies_on_the_peak_and_takes_its_descriptor_from_there():
+    found = SAMFeat(network=Crafted("default", peak), detection_threshold=0.5).extract(photo(64, 96))
+    np.testing.assert_allclose(found["keypoints"], [[40.3, 29.6]], atol=1e-3)
+    descriptor = found["descriptors"][0]
+    np.testing.assert_allclose(descriptor[:2] / descriptor[2], [40.3, 29.6], atol=1e-3)
+    coarse = SAMFeat(network=Crafted("default", peak), detection_threshold=0.5, subpixel=False).extract(photo(64, 96))
+    assert coarse["keypoints"].tolist() == [[40.0, 30.0]]
+
+
+def test_keypoints_are_mapped_back_by_pixel_centres():
+    found = SAMFeat(network=Crafted("default", peak), detection_threshold=0.5).extract(
+        photo(68, 100)
+    )  # seen as 64 x 96
+    expected = [(40.3 + 0.5) * 100 / 96 - 0.5, (29.6 + 0.5) * 68 / 64 - 0.5]
+    np.testing.assert_allclose(found["keypoints"], [expected], atol=1e-3)
+
+
+def test_edge_gain_is_added_to_the_logit():
+    for gain in (0.0, 1.0, 3.0):
+        model = SAMFeat(network=Crafted("default", peak), edge_gain=gain, detection_threshold=0.5, subpixel=False)
+        expected = torch.sigmoid(peak(torch.tensor([40.0]), torch.tensor([30.0])) + 0.5 * gain)
+        np.testing.assert_allclose(model.extract(photo(64, 96))["scores"][:1], expected, rtol=1e-6)
+
+
+def test_multiscale_joins_the_levels_of_a_pyramid(lively):
+    single = SAMFeat("released", network=lively, max_keypoints=None)
+    image = level = photo(80, 104)
+    keypoints, scores = [], []
+    for k in range(7):  # 2^(-6/4) = 0.35, 2^(-7/4) = 0.297 < 0.3
+        if k:
+            size = round(104 * 2 ** (-k / 4)), round(80 * 2 ** (-k / 4))
+            level = cv2.resize(level, size, interpolation=cv2.INTER_LINEAR)
+        found = single.extract(level)
+        keypoints.append(found["keypoints"].numpy() * (104 / level.shape[1], 80 / level.shape[0]))
+        scores.append(found["scores"].numpy())
+    best = np.argsort(-np.concatenate(scores), kind="stable")[:50]
+    found = SAMFeat("released", network=lively, multiscale=True, max_keypoints=50).extract(image)
+    assert sum(len(s) > 0 for s in scores) > 3
+    np.testing.assert_allclose(found["scores"], np.concatenate(scores)[best], atol=1e-6)
+    np.testing.assert_allclose(found["keypoints"], np.concatenate(keypoints)[best], atol=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------------------- images
+
+
+def same(first, second, tolerance=0.0):
+    return all(torch.allclose(first[name].float(), second[name].float(), rtol=0, atol=tolerance) for name in first)
+
+
+@pytest.fixture(scope="module")
+def model(lively):
+    return SAMFeat("released", network=lively, detection_threshold=0.5)
+
+
+def test_numpy_pil_and_torch_agree(model):
+    image = photo()
+    expected = model.extract(image)
+    assert len(expected["keypoints"]) > 5
+    planes = torch.from_numpy(image).permute(2, 0, 1)
+    read_only = image.copy()
+    read_only.flags.writeable = False
+    exact = {
+        "PIL": Image.fromarray(image),
+        "torch uint8": planes,
+        "alpha": np.dstack((image, np.full(image.shape[:2], 7, np.uint8))),
+        "strided": np.ascontiguousarray(image[:, ::-1])[:, ::-1],
+        "read-only": read_only,
+    }
+    for name, other in exact.items():
+        assert same(model.extract(other), expected), name
+    np.testing.assert_array_equal(as_rgb(image), image)
+    np.testing.assert_allclose(as_rgb(planes / 255), image, atol=1e-4)
+    np.testing.assert_allclose(as_rgb(planes.half() / 255), image, atol=0.1)
+
+
+def test_float_tensor_needing_no_resize_gives_the_same_features(model):
+    image = photo(64, 96)
+    assert same(model.extract(torch.from_numpy(image).permute(2, 0, 1) / 255), model.extract(image), 1e-3)
+
+
+def test_grey_is_rgb_of_equal_channels(model):
+    grey = photo()[..., 0]
+    expected = model.extract(np.dstack([grey] * 3))
+    assert len(expected["keypoints"]) > 0
+    for other in (grey, grey[..., None], Image.fromarray(grey), torch.from_numpy(grey)[None]):
+        assert same(model.extract(other), expected)
+
+
+def test_extraction_is_deterministic_and_leaves_the_image_alone(model):
+    image = photo()
+    copy = image.copy()
+    assert same(model.extract(image), model(image))
+    np.testing.assert_array_equal(image, copy)
+
+
+def test_no_keypoints_is_a_normal_result():
+    found = SAMFeat(network=Crafted("default", peak), detection_threshold=1.0).extract(photo())
+    assert [tuple(found[name].shape) for name in ("keypoints", "scores", "descriptors")] == [(0, 2), (0,), (0, 128)]
+    assert match(found, found)["matches"].shape == (0, 2)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (8, 300), (300, 3)])
+@pytest.mark.parametrize("multiscale", [False, True])
+def test_tiny_images_have_no_keypoints(size, multiscale):
+    found = SAMFeat("released", multiscale=multiscale).extract(np.zeros((*size, 3), np.uint8))
+    assert found["keypoints"].shape == (0, 2)
+    assert found["descriptors"].shape == (0, 128)
+    assert found["image_size"].tolist() == [size[1], size[0]]
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        ("photo.jpg", "got str"),
+        (np.zeros((20, 20, 3)), "got numpy float64"),
+        (np.zeros((20, 20, 3), np.uint16), "got numpy uint16"),
+        (np.zeros((20, 20, 2), np.uint8), r"got \[20, 20, 2\]"),
+        (np.zeros((1, 20, 20, 3), np.uint8), r"got \[1, 20, 20, 3\]"),
+        (np.zeros((0, 20, 3), np.uint8), "empty: 0 x 20"),
+        (torch.zeros(3, 20, 0), "empty: 20 x 0"),
+        (torch.zeros(1, 3, 20, 20), r"one image.*got \[1, 3, 20, 20\]"),
+        (torch.zeros(20, 20, 3), r"one image.*got \[20, 20, 3\]"),
+        (torch.zeros(3, 20, 20, dtype=torch.int64), "got torch.int64"),
+        (torch.full((3, 20, 20), torch.nan), "must be finite"),
+        (torch.full((3, 20, 20), 255.0), "divide 8-bit values by 255"),
+        (torch.full((3, 20, 20), -0.1), r"lie in \[0, 1\]"),
+        (Image.new("I;16", (20, 20)), "got mode 'I;16'"),
+    ],
+)
+def test_rejects_what_is_no_image(model, image, message):
+    with pytest.raises(ValueError, match=message):
+        model.extract(image)
+
+
+# --------------------------------------------------------------------------------------- construction, weights, devices
+
+
+def test_presets_of_network_and_extraction_go_together():
+    assert PRESETS.keys() == EXTRACTION_PRESETS.keys()
+    released = EXTRACTION_PRESETS["released"]
+    assert (released.max_keypoints, released.detection_threshold, released.nms_radius) == (10_000, 0.9, 4)
+    assert (released.border, released.edge_gain, released.weighted_descriptors) == (4, 1.0, True)
+    assert not released.subpixel
+    assert EXTRACTION_PRESETS["paper"].edge_gain == 0
+
+
+def test_untrained_extractors_are_the_same_every_time_and_leave_the_generator_alone():
+    torch.manual_seed(11)
+    expected = torch.rand(1)
+    torch.manual_seed(11)
+    first, second = SAMFeat(), SAMFeat()
+    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values()))
+    assert not first.training
+    assert torch.equal(torch.rand(1), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"preset": "best"}, "no preset 'best'"),
+        ({"radius": 3}, "no option radius; the options are max_keypoints, detection_threshold"),
+        ({"max_keypoints": 0}, "max_keypoints must be"),
+        ({"detection_threshold": 1.5}, "detection_threshold must lie"),
+        ({"nms_radius": -1}, "must not be negative"),
+        ({"border": -1}, "must not be negative"),
+        ({"edge_gain": float("nan")}, "edge_gain must be finite"),
+        ({"weights": "a", "network": SAMFeatNetwork(network_preset("default"))}, "not both"),
+    ],
+)
+def test_rejects_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        SAMFeat(**options)
+
+
+def test_save_and_from_pretrained_keep_weights_options_and_provenance(tmp_path, lively):
+    model = SAMFeat("released", network=lively, detection_threshold=0.7, max_keypoints=None)
+    model.provenance = {"trained": "here"}
+    model.save(tmp_path / "w.safetensors")
+    again = SAMFeat.from_pretrained(tmp_path / "w.safetensors")
+    assert again.extraction == model.extraction
+    assert again.provenance == {"trained": "here"}
+    assert same(again.extract(photo()), model.extract(photo()))
+    assert SAMFeat.from_pretrained(tmp_path / "w.safetensors", border=9).extraction.border == 9
+    with pytest.raises(ValueError, match="no option colour"):
+        SAMFeat.from_pretrained(tmp_path / "w.safetensors", colour=1)
+
+
+def test_weights_keep_the_options_of_the_preset(tmp_path, lively):
+    SAMFeat("released", network=lively, detection_threshold=0.7).save(tmp_path / "w.safetensors")
+    model = SAMFeat("released", weights=tmp_path / "w.safetensors", border=6)
+    assert (model.extraction.detection_threshold, model.extraction.border) == (0.9, 6)
+    assert torch.equal(model.network.conv_des.weight, lively.conv_des.weight)
+    with pytest.raises(ValueError, match="another network than preset 'default'"):
+        SAMFeat("default", weights=tmp_path / "w.safetensors")
+
+
+def test_released_checkpoint_loads(tmp_path, lively):
+    torch.save(lively.state_dict(), tmp_path / "model_29.pt")
+    model = SAMFeat.from_pretrained(tmp_path / "model_29.pt")
+    assert model.extraction == EXTRACTION_PRESETS["released"]
+    assert same(model.extract(photo()), SAMFeat("released", network=lively).extract(photo()))
+
+
+def test_half_precision_networks_extract(lively):
+    image = photo(64, 96)
+    exact = SAMFeat("released", network=lively, detection_threshold=0.5, weighted_descriptors=False).extract(image)
+    network = SAMFeatNetwork(network_preset("released"))
+    network.load_state_dict(lively.state_dict())
+    model = SAMFeat("released", network=network, detection_threshold=0.5, weighted_descriptors=False).to(torch.bfloat16)
+    rough = model.extract(image)
+    assert rough["descriptors"].dtype == rough["keypoints"].dtype == rough["scores"].dtype == torch.float32
+    distance = torch.cdist(rough["keypoints"], exact["keypoints"])
+    common = distance.amin(dim=1) == 0
+    assert common.float().mean() > 0.5
+    cosine = (rough["descriptors"] * exact["descriptors"][distance.argmin(dim=1)]).sum(dim=1)
+    assert cosine[common].min() > 0.99
+
+
+# ---------------------------------------------------------------------------------------------------------- torch.hub
+
+
+def test_torch_hub(tmp_path, lively):
+    SAMFeat("released", network=lively).save(tmp_path / "w.safetensors")
+    weights = str(tmp_path / "w.safetensors")
+    model = torch.hub.load(str(ROOT), "samfeat", source="local", preset="released", weights=weights, max_keypoints=7)
+    assert isinstance(model, SAMFeat)
+    assert len(model.extract(photo())["keypoints"]) == 7
+
+
+def test_hub_imports_the_package_from_its_own_folder_where_none_is_installed():
+    program = (
+        "import hubconf, sys; hubconf._import_from_here(); import samfeat.student; "
+        "print(sys.modules['samfeat'].__file__); print(samfeat.student.__file__)"
+    )
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout.split("\n")[:2] == [str(ROOT / "__init__.py"), str(ROOT / "student" / "__init__.py")]
