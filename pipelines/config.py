@@ -180,16 +180,16 @@ def load_config(preset: str = "default", overrides: Sequence[str] = ()) -> Confi
     Raises:
         ValueError: unknown preset, unknown key (with the nearest known one), or a value of the wrong type.
     """
-    changes = OmegaConf.create(_read_preset(preset))
-    named = dict(changes).get("network_preset", preset if preset in PRESETS else "default")
-    if named not in PRESETS:
-        raise ValueError(f"network_preset={named!r}: choose from {', '.join(PRESETS)}")
-    base = OmegaConf.structured(Config(preset=preset, network_preset=str(named), network=PRESETS[str(named)]))
+    changes = _read_preset(preset)
     for override in overrides:
         if "=" not in override or override.startswith(("-", "=")):
             raise ValueError(f"{override!r} is not of the form key=value, for example optimiser.batch_size=4")
     try:
         changes.merge_with(OmegaConf.from_dotlist(list(overrides)))
+        named = str(changes.get("network_preset", preset if preset in PRESETS else "default"))
+        if named not in PRESETS:
+            raise ValueError(f"network_preset={named!r}: choose from {', '.join(PRESETS)}")
+        base = OmegaConf.structured(Config(preset=preset, network_preset=named, network=PRESETS[named]))
         known = _keys(Config)
         for key in _leaves(changes):
             if key not in known:

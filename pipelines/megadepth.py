@@ -1,10 +1,10 @@
 """Reads the files of raw MegaDepth: scene files, as D2-Net's and LoFTR's preprocessing write them, and depth maps.
 
 Scene files are npz with, for each image of a scene, ``image_paths``, ``depth_paths``, ``intrinsics`` (3 x 3, pixels),
-and ``poses`` (4 x 4, world to camera); None stands where an image has no depth. D2-Net adds ``overlap_matrix`` (share of
-the row image's 3-D points that the column image sees too, -1 where unknown) and ``scale_ratio_matrix``; LoFTR lists
-``pair_infos``, rows of ((i, j), overlap, ...). Most of these are pickled object arrays. A pickle can run any program,
-so they are rebuilt by an unpickler that knows numpy's arrays and scalars and refuses everything else.
+and ``poses`` (4 x 4, world to camera); None stands where an image has no depth. D2-Net adds ``overlap_matrix`` (the
+share of the row image's 3-D points that the column image sees too, -1 where unknown) and ``scale_ratio_matrix``; LoFTR
+lists ``pair_infos``, rows of ((i, j), overlap, ...). Most of these are pickled object arrays. A pickle can run any
+program, so they are rebuilt by an unpickler that knows numpy's arrays and scalars and refuses everything else.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import pickle
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import IO, Any
@@ -166,11 +166,12 @@ class _Members:
     def __contains__(self, key: str) -> bool:
         return key in self._names
 
-    def read(self, key: str) -> np.ndarray:
+    def read(self, key: str) -> Any:
+        """An array, or whatever stands for one in a pickled dict."""
         if key not in self._names:
             raise ValueError(f"it lacks {key}; it has {', '.join(sorted(self._names)) or 'nothing'}")
         if self._dict is not None:
-            return np.asarray(self._dict[key])
+            return self._dict[key]
         with zipfile.ZipFile(self._path) as archive, archive.open(f"{key}.npy") as file:
             return _read_npy(file)
 
@@ -192,22 +193,22 @@ def _read_npy(file: IO[bytes]) -> np.ndarray:
     return np.frombuffer(data, dtype, count).reshape(shape, order="F" if fortran_order else "C")
 
 
-def _texts(values: np.ndarray) -> list[str | None]:
+def _texts(values: Iterable[Any]) -> list[str | None]:
     """Relative paths with forward slashes; a path that leaves the data set's root is refused."""
-    texts = [None if value is None else str(value) for value in values.reshape(-1)]
+    texts = [None if value is None else str(value) for value in values]
     for text in texts:
         if text is not None and (text.startswith("/") or ".." in PureWindowsPath(text).parts):
             raise ValueError(f"{text!r} is not a path inside the data set")
     return texts
 
 
-def _matrices(values: np.ndarray, side: int) -> list[np.ndarray | None]:
+def _matrices(values: Iterable[Any], side: int) -> list[np.ndarray | None]:
     return [None if value is None else np.array(value, np.float64).reshape(side, side) for value in values]
 
 
 def _pair_matrices(members: _Members, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Ordered pairs of D2-Net's matrices. A ratio below 1 (first version of its script) is turned round."""
-    overlap, ratio = (members.read(key).astype(np.float64) for key in ("overlap_matrix", "scale_ratio_matrix"))
+    overlap, ratio = (np.asarray(members.read(key), np.float64) for key in ("overlap_matrix", "scale_ratio_matrix"))
     for values in (overlap, ratio):
         if values.shape != (number, number):
             raise ValueError(f"overlap_matrix and scale_ratio_matrix must be {number}x{number}, one is {values.shape}")

@@ -23,7 +23,7 @@ DEPTH_TOLERANCE = 0.05  # relative, as MegaDepth's scenes have no common scale; 
 PIXEL_TOLERANCE = 1.5  # there and back again
 MIN_VALID = 32  # fewer correspondences do not make a pair
 TRIES = 20  # draws before a scene is given up for one item
-_BLOCK = 4  # pixels; the best corner of each such block is a candidate
+_CANDIDATES = 25  # for every point that is kept
 _CENTRES = 2048  # pixels among which the centre of the crops is sought
 
 
@@ -287,17 +287,17 @@ def _spread(views: tuple[_View, _View], boxes: tuple[Box, Box]) -> tuple[np.ndar
     """Up to POINTS correspondences between two crops, spread over what both see, each at its cell's best corner.
 
     The pixel of largest Shi-Tomasi response in each small block of crop 0 is a candidate. Of the candidates that are
-    seen in crop 1, the best ones of square cells are taken, the cells being so large that about POINTS of them tile
-    what both crops see.
+    seen in crop 1, the best one of each square cell is taken; about POINTS such cells tile what both crops see.
 
     Returns:
         points: float32 [2, POINTS, 2], (x, y) in the crops, best first, zero past the last valid one.
         valid: bool [POINTS].
     """
-    (left, top, _, _), (left1, top1, width1, height1) = boxes
+    (left, top, width, height), (left1, top1, width1, height1) = boxes
+    block = max(1, int(np.sqrt(width * height / (POINTS * _CANDIDATES))))
     grey = cv2.cvtColor(_crop(views[0].image, boxes[0]), cv2.COLOR_RGB2GRAY)
     response = np.maximum(cv2.cornerMinEigenVal(grey, blockSize=3), 0)
-    y, x = _best_of_cells(response, _BLOCK)
+    y, x = _best_of_cells(response, block)
     points0 = np.stack([x, y], axis=1)
     points1, valid = _correspond(views, points0 + (left, top))
     points1 -= (left1, top1)
@@ -305,7 +305,8 @@ def _spread(views: tuple[_View, _View], boxes: tuple[Box, Box]) -> tuple[np.ndar
         valid &= np.all((points1 >= 0) & (points1 <= (width1 - 1, height1 - 1)), axis=1)
     seen = np.full(response.shape, -1, np.intp)
     seen[y[valid], x[valid]] = np.flatnonzero(valid)
-    y, x = _best_of_cells(np.where(seen >= 0, response, -1.0), max(1, int(np.sqrt(valid.sum() * _BLOCK**2 / POINTS))))
+    cell = max(1, int(np.sqrt(valid.sum() * block**2 / POINTS)))
+    y, x = _best_of_cells(np.where(seen >= 0, response, -1.0), cell)
     chosen = seen[y, x][:POINTS]
     points, mask = np.zeros((2, POINTS, 2), np.float32), np.zeros(POINTS, bool)
     points[0, : len(chosen)], points[1, : len(chosen)] = points0[chosen], points1[chosen]

@@ -26,6 +26,7 @@ from samfeat.pipelines.batches import Item, RawBatch, epoch_batches, list_items,
 from samfeat.pipelines.config import Config, OptimiserConfig
 from samfeat.pipelines.files import write_bytes
 from samfeat.pipelines.objective import losses, total
+from samfeat.pipelines.report import draw_curves
 from samfeat.pipelines.validation import Validation, hold_out
 from samfeat.student.export import save_weights
 from samfeat.student.extractor import EXTRACTION_PRESETS
@@ -131,6 +132,7 @@ class _Run:
         self.network, self.optimiser = self.fabric.setup(network, optimiser)
         self.step = 0
         self.first: dict[str, float] = {}
+        self.latest: dict[str, float] = {}
         self.best = -math.inf
         self.writer: SummaryWriter
 
@@ -163,15 +165,14 @@ class _Run:
             raise ValueError(f"{path} belongs to another run ({'; '.join(differences[:5])}): choose another --out")
         self.network.load_state_dict(state["network"])
         self.optimiser.load_state_dict(state["optimiser"])
-        self.step, self.first, self.best = state["step"], state["first"], state["best"]
+        self.step, self.first, self.latest, self.best = (state[key] for key in ("step", "first", "latest", "best"))
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 
     def fit(self, progress: Callable[[Progress], None] | None) -> TrainSummary:
         """All steps that are left."""
         if not self.first:
-            self.first = self._validate()
-        latest = dict(self.first)
+            self.first = self.latest = self._validate()
         started, begun = time.monotonic(), self.step
         self.network.train()
         try:
@@ -183,15 +184,15 @@ class _Run:
                 if due:
                     values = self._log(terms, rate)
                     if progress:
-                        progress(Progress(self.step, self.steps, values, rate, latest))
+                        progress(Progress(self.step, self.steps, values, rate, self.latest))
                 if self.step % self.config.run.validate_every == 0 or self.step == self.steps:
-                    latest = self._validate()
+                    self.latest = self._validate()
                 if self.step % self.config.run.checkpoint_every == 0 or self.step == self.steps:
                     self._save()
         except KeyboardInterrupt:
             self._save()
             raise
-        return TrainSummary(self.folder, self.steps, self.first, latest)
+        return TrainSummary(self.folder, self.steps, self.first, self.latest)
 
     def _requests(self) -> Iterator[Callable[[], RawBatch]]:
         """One read request a step, from the current step to the last."""
@@ -227,6 +228,7 @@ class _Run:
             figures = self.validation.run(self.network.module, self.config)
         self.network.train()
         self._record({"step": self.step} | {f"validation/{name}": value for name, value in figures.items()})
+        draw_curves(self.folder)
         if figures["mma@3"] > self.best and self.step:
             self.best = figures["mma@3"]
             self._save_weights("best.safetensors", figures)
@@ -261,6 +263,7 @@ class _Run:
             "version": CHECKPOINT_VERSION,
             "step": self.step,
             "first": self.first,
+            "latest": self.latest,
             "best": self.best,
             "overfit": self.overfit,
             "config": self.config.to_dict(),

@@ -122,7 +122,7 @@ def _gaussian_blur(edges: np.ndarray, size: int) -> np.ndarray:
 
 
 def _thin(edges: np.ndarray) -> np.ndarray:
-    """Keep the pixels that are maxima across their edge, two pixels to either side (of a plateau of two one remains).
+    """Keep the pixels that are maxima across their edge (of a plateau of two, one).
 
     The direction across the edge comes from the structure tensor: on a ridge the gradient itself vanishes.
     """
@@ -137,8 +137,8 @@ def _thin(edges: np.ndarray) -> np.ndarray:
     y, x = np.indices(edges.shape)
 
     def beside(sign: int) -> np.ndarray:
-        """The larger of the values at one and at two pixels across the edge."""
-        steps = [(y + sign * side * step * step_y, x + sign * side * step * step_x) for step in (1, 2)]
-        return np.maximum(*(map_coordinates(edges, at, order=1, mode="constant") for at in steps))
+        """The values one pixel across the edge."""
+        at = (y + sign * side * step_y, x + sign * side * step_x)
+        return map_coordinates(edges, at, order=1, mode="constant")
 
     return np.where((edges >= beside(1)) & (edges > beside(-1)), edges, 0)

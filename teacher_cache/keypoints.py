@@ -1,7 +1,8 @@
 """Detector labels by homographic adaptation: an image and any detector -> points that survive changes of view.
 
-DeTone et al. 2018 (SuperPoint), section 5: a detector is run on many warped copies of an image; a point counts for as
-much as the share of the copies that could see it and found it. The best points of the whole image are kept, wherever in
+DeTone et al. 2018 (SuperPoint), section 5: a detector is run on many warped copies of an image, and a point counts for
+as much as the copies that could see it say on average. A copy's vote is 1 for its strongest point and falls to 0 with
+the rank, so that detectors need no common scale of responses. The best points of the whole image are kept, wherever in
 the image they lie.
 """
 
@@ -44,30 +45,28 @@ class LabelConfig:
     Attributes:
         detector: base detector, one of ``DETECTORS``.
         homographies: random views besides the image itself.
-        points: detections used of each view, best responses first.
-        threshold: least share of the views, of those that see a point, that must have found it; 0 to 1.
+        threshold: least score of a label; 0 to 1.
         nms_radius: of two labels that are this close in both x and y, in pixels, the better one stays.
-        max_keypoints: labels kept, the best of the whole image.
+        max_keypoints: labels kept, the best of the whole image; a view has as many votes, in proportion to what it sees.
         border: detections this close to the edge of what a view sees are not believed, in pixels.
     """
 
     detector: str = "gftt"
     homographies: int = 24
-    points: int = 500
-    threshold: float = 0.1
+    threshold: float = 0.05
     nms_radius: int = 4
     max_keypoints: int = 512
     border: int = 4
 
     def __post_init__(self) -> None:
         opencv_detector(self.detector)
-        if min(self.homographies, self.nms_radius, self.border) < 0 or self.points < 1:
+        if min(self.homographies, self.nms_radius, self.border) < 0:
             raise ValueError(
-                "homographies, nms_radius and border are at least 0 and points at least 1, got "
-                f"{self.homographies}, {self.nms_radius}, {self.border} and {self.points}"
+                "homographies, nms_radius and border are at least 0, got "
+                f"{self.homographies}, {self.nms_radius} and {self.border}"
             )
         if not 0 <= self.threshold <= 1:
-            raise ValueError(f"threshold is a share of the views, 0 to 1, got {self.threshold}")
+            raise ValueError(f"threshold is a score, 0 to 1, got {self.threshold}")
         if not 1 <= self.max_keypoints <= MAX_KEYPOINTS:
             raise ValueError(f"max_keypoints is 1 to {MAX_KEYPOINTS}, got {self.max_keypoints}")
 
@@ -98,7 +97,8 @@ def adapt(image: np.ndarray, detector: Detector, config: LabelConfig, *, seed: i
         seed: of the random views. Equal arguments give equal labels.
 
     Returns:
-        float32 [K, 3]: x, y in pixels, to a fraction of a pixel, and the score in [0, 1], best first.
+        float32 [K, 3]: x, y in pixels, to a fraction of a pixel, and the score in [0, 1] (mean vote of the views that
+        see the point), best first.
 
     Raises:
         ValueError: ``image`` is not uint8 [H, W, 3].
@@ -180,7 +180,7 @@ def _vote(
 ) -> tuple[np.ndarray, np.ndarray]:
     """What one view says about the image's pixels: votes in [0, 1] and visibility 0 or 1, both float32 [H, W]."""
     height, width = image.shape[:2]
-    view = cv2.warpPerspective(image, homography, (width, height), flags=cv2.INTER_LINEAR)
+    view = cv2.warpPerspective(image, homography, (width, height), borderMode=cv2.BORDER_REFLECT_101)  # no black frame
     inside = cv2.warpPerspective(np.ones((height, width), np.uint8), homography, (width, height), flags=cv2.INTER_NEAREST)
     reach = 2 * config.border + 1
     inside = cv2.erode(inside, np.ones((reach, reach), np.uint8), borderType=cv2.BORDER_CONSTANT, borderValue=0)
@@ -191,12 +191,15 @@ def _vote(
     found = detector(view)
     column, row = np.clip(np.rint(found[:, :2]).astype(int), 0, (width - 1, height - 1)).T
     found = found[inside[row, column] > 0]
-    found = found[np.argsort(-found[:, 2], kind="stable")[: config.points]]
+    believed = max(1, round(config.max_keypoints * float(inside.mean())))
+    found = found[np.argsort(-found[:, 2], kind="stable")[:believed]]
+    weight = (1 - np.arange(len(found)) / believed).astype(np.float32)
     column, row = np.rint(transform(found[:, :2], np.linalg.inv(homography))).astype(int).T
     kept = (column >= 0) & (column < width) & (row >= 0) & (row < height)
     votes = np.zeros((height, width), np.float32)
-    votes[row[kept], column[kept]] = 2 * np.pi * VOTE_SIGMA**2  # a lone vote peaks at about 1 after the blur
-    return np.minimum(cv2.GaussianBlur(votes, (0, 0), VOTE_SIGMA), 1) * visible, visible
+    np.maximum.at(votes, (row[kept], column[kept]), weight[kept])
+    votes = 2 * np.pi * VOTE_SIGMA**2 * cv2.GaussianBlur(votes, (0, 0), VOTE_SIGMA)  # a lone vote keeps its height
+    return np.minimum(votes, 1) * visible, visible
 
 
 def _best_maxima(share: np.ndarray, config: LabelConfig) -> np.ndarray:

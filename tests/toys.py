@@ -16,7 +16,7 @@ from samfeat.teacher_cache.schema import POINTS, Gifts, Provenance, Record
 from samfeat.teacher_cache.store import TeacherCache
 
 SIZE = (64, 64)
-LABELS = LabelConfig(homographies=2, points=50, max_keypoints=40)
+LABELS = LabelConfig(homographies=2, max_keypoints=40)
 
 
 class ToyTeacher:
@@ -42,10 +42,7 @@ class ToyTeacher:
         stack = stack[stack.any(axis=(1, 2))]
         ys, xs = zip(*[(np.flatnonzero(m.any(1)), np.flatnonzero(m.any(0))) for m in stack]) if len(stack) else ((), ())
         table = np.array(
-            [
-                [m.sum(), 0.9, 0.95, x[0], y[0], x[-1] - x[0] + 1, y[-1] - y[0] + 1]
-                for m, x, y in zip(stack, xs, ys)
-            ],
+            [[m.sum(), 0.9, 0.95, x[0], y[0], x[-1] - x[0] + 1, y[-1] - y[0] + 1] for m, x, y in zip(stack, xs, ys)],
             np.float32,
         ).reshape(-1, 7)
         masks = sort_masks(stack, table)

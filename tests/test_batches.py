@@ -1,0 +1,175 @@
+"""Training batches: what is read is what was stored, and synthetic views agree with their geometry."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from toys import SIZE, toy_store
+
+from samfeat.pipelines.batches import (
+    Item,
+    RawBatch,
+    descriptor_points,
+    epoch_batches,
+    groups_at,
+    list_items,
+    make_batch,
+    read_ahead,
+    read_batch,
+)
+from samfeat.pipelines.config import DataConfig
+from samfeat.teacher_cache.schema import POINTS
+
+QUIET = DataConfig(photometric_probability=0.0)
+REAL, SYNTHETIC = Item(0, "real", 1), Item(0, "synthetic", 2)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return toy_store(tmp_path_factory.mktemp("cache") / "a.zarr")
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def raw_batch(store, *items: Item, data: DataConfig = QUIET, seed: int = 0) -> RawBatch:
+    return read_batch([store], items, data, np.random.default_rng(seed))
+
+
+def test_every_pair_is_an_item_of_both_kinds_and_failures_and_held_out_are_none(tmp_path):
+    store = toy_store(tmp_path / "a.zarr", 5, broken=(3,))
+    items = list_items([store], DataConfig(), held_out={(0, 0)})
+    assert items == [Item(0, kind, k) for k in (1, 2, 4) for kind in ("real", "synthetic")]
+    assert list_items([store], DataConfig(real_pairs=False), set()) == [Item(0, "synthetic", k) for k in (0, 1, 2, 4)]
+    photos = toy_store(tmp_path / "b.zarr", 3, paired=False, shard_images=2)
+    assert list_items([store, photos], DataConfig(), {(1, 0)})[-2:] == [
+        Item(1, "synthetic", 1),
+        Item(1, "synthetic", 2),
+    ]
+
+
+def test_an_epoch_takes_every_item_once_in_an_order_of_its_own():
+    items = [Item(0, "real", k) for k in range(10)]
+    first, second = (epoch_batches(items, 3, epoch, seed=1) for epoch in (0, 1))
+    assert [len(batch) for batch in first] == [3, 3, 3]
+    assert len({item.index for batch in first for item in batch}) == 9
+    assert first != second
+    assert first == epoch_batches(items, 3, 0, seed=1)
+    assert first != epoch_batches(items, 3, 0, seed=2)
+
+
+def test_real_items_are_the_stored_pair(store):
+    raw = raw_batch(store, REAL, SYNTHETIC)
+    pair = store.pair(1)
+    for side in (0, 1):
+        targets = store[pair.images[side]]
+        np.testing.assert_array_equal(raw.images[side, 0], targets.image)
+        np.testing.assert_array_equal(raw.embedding[side, 0], targets.embedding)
+        np.testing.assert_array_equal(raw.groups[side, 0], targets.groups)
+        count = len(targets.keypoints)
+        np.testing.assert_array_equal(raw.keypoints[side, 0, :count], targets.keypoints[:, :2])
+        assert raw.keypoint_mask[side, 0].sum() == count
+        np.testing.assert_array_equal(raw.points[side, 0], pair.points[side])
+    np.testing.assert_array_equal(raw.valid[0], pair.valid)
+    assert raw.synthetic.tolist() == [False, True]
+    np.testing.assert_array_equal(raw.images[0, 1], raw.images[1, 1])
+
+
+def test_real_pairs_pass_the_warp_unchanged(store):
+    raw = raw_batch(store, REAL, SYNTHETIC)
+    batch = make_batch(raw, QUIET, generator())
+    right = 2 + 0
+    torch.testing.assert_close(batch.images[right], raw.images[1, 0].permute(2, 0, 1) / 127.5 - 1)
+    torch.testing.assert_close(batch.embedding[right], raw.embedding[1, 0].float())
+    torch.testing.assert_close(batch.edges[right], raw.edges[1, 0].float())
+    assert batch.supervised[right].all()
+    assert batch.label_mask[right].all()
+    torch.testing.assert_close(batch.points[1, 0], raw.points[1, 0])
+
+
+def test_synthetic_views_show_at_the_right_point_what_the_left_point_shows(store):
+    raw = raw_batch(store, SYNTHETIC, SYNTHETIC, Item(0, "synthetic", 0))
+    batch = make_batch(raw, QUIET, generator(3))
+    count = 3
+    for row in range(count):
+        valid = batch.valid[row].numpy()
+        left, right = (batch.points[side, row].numpy()[valid] for side in (0, 1))
+        assert valid.sum() > 50
+        homography, inliers = cv2.findHomography(left, right, cv2.RANSAC, 0.01)
+        assert inliers.all()  # one homography explains every correspondence
+        image = (raw.images[0, row].numpy()).astype(np.float32)
+        expected = cv2.warpPerspective(image, homography, SIZE[::-1], flags=cv2.INTER_LINEAR)
+        got = ((batch.images[count + row] + 1) * 127.5).permute(1, 2, 0).numpy()
+        inside = cv2.erode(batch.label_mask[count + row].numpy(), np.ones((5, 5))) > 0
+        assert np.abs(expected - got)[inside].mean() < 2  # cv2 rounds positions to 1/32 pixel
+        groups = cv2.warpPerspective(
+            raw.groups[0, row].numpy().astype(np.float32), homography, SIZE[::-1], flags=cv2.INTER_NEAREST
+        )
+        x, y = right.round().astype(int).T
+        agree = batch.groups[count + row].numpy()[valid] == groups[y, x]
+        assert agree.mean() > 0.97  # pixels on a border may fall on either side
+        assert (batch.groups[count + row].numpy()[~valid] == -1).all()
+
+
+def test_released_treatment_takes_the_targets_of_warped_views_away(store):
+    data = dataclasses.replace(QUIET, warp_targets=False)
+    raw = raw_batch(store, REAL, SYNTHETIC)
+    batch = make_batch(raw, data, generator())
+    assert batch.supervised[:2].all()
+    assert batch.supervised[2].all()  # the real right view keeps its targets
+    assert not batch.supervised[3].any()
+    assert (batch.groups[3] == -1).all()
+    copies = make_batch(raw, dataclasses.replace(data, identity_probability=1.0), generator())
+    assert copies.supervised.all()  # exact copies keep them, too
+    torch.testing.assert_close(copies.images[3], copies.images[1])
+    torch.testing.assert_close(copies.points[1, 1], copies.points[0, 1])
+
+
+def test_batches_repeat_by_seed_and_noise_stays_in_range(store):
+    raw = raw_batch(store, REAL, SYNTHETIC)
+    data = DataConfig(photometric_probability=1.0)
+    first, second, other = (make_batch(raw, data, generator(seed)) for seed in (5, 5, 6))
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+    assert not torch.equal(first.images, other.images)
+    assert first.images.abs().max() <= 1
+    assert not torch.equal(first.images[:2], make_batch(raw, QUIET, generator(5)).images[:2])
+
+
+def test_descriptor_points_mix_labels_and_the_whole_image(store):
+    targets = store[0]
+    points = descriptor_points(targets, DataConfig(), np.random.default_rng(0))
+    assert points.shape == (POINTS, 2)
+    assert points.min() >= 0
+    assert points.max() <= SIZE[0] - 1
+    labels = {tuple(point) for point in targets.keypoints[:, :2]}
+    assert sum(tuple(point) in labels for point in points) == min(len(labels), POINTS // 2)
+    occupied = np.histogram2d(*points.T, bins=8, range=[[0, 63]] * 2)[0] > 0
+    assert occupied.all()
+    strict = descriptor_points(targets, DataConfig(label_threshold=2.0), np.random.default_rng(0))
+    assert sum(tuple(point) in labels for point in strict) == 0
+
+
+def test_groups_at_reads_the_nearest_pixel():
+    groups = torch.arange(12).view(1, 3, 4)
+    points = torch.tensor([[[0.0, 0.0], [2.6, 1.4], [3.4, 2.2], [-5.0, 9.0]]])
+    assert groups_at(groups, points).tolist() == [[0, 7, 11, 8]]
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_read_ahead_keeps_the_order(workers):
+    requests = [lambda k=k: k for k in range(20)]
+    assert list(read_ahead(requests, workers)) == list(range(20))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_read_ahead_hands_errors_on(workers):
+    def broken():
+        raise OSError("disk")
+
+    with pytest.raises(OSError, match="disk"):
+        list(read_ahead([lambda: 1, broken, lambda: 2], workers))

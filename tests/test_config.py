@@ -1,0 +1,69 @@
+"""Configuration: presets, overrides, and errors that name the remedy."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from samfeat.pipelines.config import CONFIGS, load_config
+from samfeat.student.network import PRESETS
+
+
+@pytest.mark.parametrize("preset", CONFIGS)
+def test_presets_load_and_survive_a_round_trip(preset):
+    config = load_config(preset)
+    assert config.preset == preset
+    assert config.to_dict()["losses"]["relation_form"] == config.losses.relation_form
+    assert config.network == PRESETS[config.network_preset]
+
+
+def test_released_preset_is_the_released_training():
+    config = load_config("released")
+    assert config.network == PRESETS["released"]
+    assert (config.optimiser.batch_size, config.optimiser.epochs) == (12, 30)
+    assert (config.optimiser.learning_rate, config.optimiser.weight_decay) == (1e-3, 1e-4)
+    assert config.data.identity_probability == 0.5
+    assert not config.data.warp_targets
+    assert math.isclose(config.data.homography.rotation, math.pi / 2)
+    losses = config.losses
+    assert (losses.descriptor_temperature, losses.wsc_margin, losses.wsc_temperature) == (14, 0.07, 5)
+    assert (losses.relation_form, losses.wsc_form, losses.edge_form) == ("unweighted", "released", "mse")
+
+
+def test_overrides_win_over_presets():
+    config = load_config("released", ["optimiser.batch_size=3", "network.edge_attention=none", "losses.wsc=0"])
+    assert config.optimiser.batch_size == 3
+    assert config.network.edge_attention == "none"
+    assert config.network.initialisation == "released"
+    assert config.losses.wsc == 0
+
+
+def test_a_yaml_file_is_a_preset(tmp_path):
+    (tmp_path / "mine.yaml").write_text("network_preset: paper\noptimiser:\n  steps: 7\n")
+    config = load_config(str(tmp_path / "mine.yaml"), ["optimiser.batch_size=2"])
+    assert (config.network, config.optimiser.steps, config.optimiser.batch_size) == (PRESETS["paper"], 7, 2)
+
+
+@pytest.mark.parametrize(
+    ("preset", "overrides", "message"),
+    [
+        ("defualt", [], "unknown preset 'defualt'"),
+        ("default", ["optimiser.batchsize=3"], "did you mean 'optimiser.batch_size'"),
+        ("default", ["losses.relations=0"], "did you mean 'losses.relation'"),
+        ("default", ["lr=1"], "unknown configuration key 'lr'"),
+        ("default", ["optimiser.batch_size=many"], "optimiser.batch_size"),
+        ("default", ["losses.wsc_form=infonce"], "losses.wsc_form"),
+        ("default", ["network.edge_attention=columns"], "edge_attention"),
+        ("default", ["optimiser.batch_size"], "not of the form key=value"),
+        ("default", ["optimiser.batch_size=0"], "must be positive"),
+        ("default", ["optimiser.learning_rate=nan"], "must be positive"),
+        ("default", ["data.real_pairs=false", "data.synthetic_pairs=false"], "nothing is left to train on"),
+        ("default", ["network_preset=tiny"], "network_preset='tiny'"),
+        ("default", ["losses=3"], "losses"),
+    ],
+)
+def test_mistakes_are_named_in_one_line(preset, overrides, message):
+    with pytest.raises(ValueError, match=message.replace(".", r"\.")) as error:
+        load_config(preset, overrides)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,203 @@
+"""Detector labels: known corners, views, borders, the choice of the best, and repeatability by brute force."""
+
+import dataclasses
+import json
+
+import cv2
+import numpy as np
+import pytest
+
+from samfeat.teacher_cache.keypoints import (
+    DETECTORS,
+    LabelConfig,
+    adapt,
+    opencv_detector,
+    random_homography,
+    repeatability,
+    transform,
+)
+from samfeat.teacher_cache.schema import MAX_KEYPOINTS
+
+TURN = np.vstack([cv2.getRotationMatrix2D((79.5, 79.5), 25, 1), [0, 0, 1]])
+
+
+def checkerboard(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """A 160 x 160 board of 32-pixel squares of random greys, blurred a little, and its 16 inner corners (x, y)."""
+    shade = np.random.default_rng(seed).integers(0, 60, (5, 5)) + 180 * (np.indices((5, 5)).sum(0) % 2)
+    image = np.kron(shade, np.ones((32, 32))).astype(np.uint8)
+    x, y = np.meshgrid(np.arange(1, 5) * 32 - 0.5, np.arange(1, 5) * 32 - 0.5)
+    image = cv2.GaussianBlur(image, (0, 0), 0.8)
+    return cv2.cvtColor(image, cv2.COLOR_GRAY2RGB), np.stack([x.ravel(), y.ravel()], axis=1)
+
+
+def label(image: np.ndarray, **changes: object) -> np.ndarray:
+    config = LabelConfig(**{"max_keypoints": 16, **changes})
+    return adapt(image, opencv_detector(config.detector), config, seed=3)
+
+
+def distances(points: np.ndarray, corners: np.ndarray) -> np.ndarray:
+    return np.linalg.norm(points[:, None, :2] - corners[None], axis=-1)
+
+
+@pytest.mark.parametrize("detector", ["gftt", "harris"])
+def test_labels_lie_on_the_corners(detector: str) -> None:
+    image, corners = checkerboard()
+    points = label(image, detector=detector)
+    distance = distances(points, corners)
+    assert len(points) == len(corners)
+    assert distance.min(axis=0).max() < 1 and distance.min(axis=1).max() < 1
+
+
+def test_labels_turn_with_the_image() -> None:
+    image, corners = checkerboard()
+    turned = cv2.warpPerspective(image, TURN, (160, 160), borderMode=cv2.BORDER_REPLICATE)
+    inner = corners[((transform(corners, TURN) > 20) & (transform(corners, TURN) < 140)).all(axis=1)]
+    distance = distances(label(turned, max_keypoints=60), transform(inner, TURN))
+    assert len(inner) >= 8
+    assert distance.min(axis=0).max() < 1.5
+
+
+def test_the_best_labels_of_the_whole_image_stay() -> None:
+    """Weak corners above, strong ones below: with room for half of them, the strong ones stay."""
+    image = np.full((200, 200, 3), 128, np.uint8)
+    for y in range(20, 200, 40):
+        for x in range(20, 200, 40):
+            image[y : y + 15, x : x + 15] = 128 + (12 if y < 100 else 110)
+    points = label(image, max_keypoints=30)
+    assert len(points) >= 20
+    assert (points[:, 1] > 98).all()
+    assert (np.diff(points[:, 2]) <= 0).all()
+
+
+def test_a_flat_image_has_no_labels() -> None:
+    for detector in DETECTORS:
+        assert label(np.full((64, 64, 3), 90, np.uint8), detector=detector, homographies=4).shape == (0, 3)
+
+
+def test_the_edges_of_views_are_not_labelled() -> None:
+    """A slope without a corner: all that a detector finds comes from the frame of the image or of a view."""
+    slope = np.tile(np.linspace(60, 250, 96).astype(np.uint8)[:, None, None], (1, 96, 3))
+    found = label(slope, threshold=0.0, max_keypoints=200)
+    framed = adapt(cv2.copyMakeBorder(slope, 30, 30, 30, 30, cv2.BORDER_CONSTANT), *config_and_detector(), seed=3)
+    assert found[:, 2].max(initial=0) < 0.1
+    assert framed[:, 2].max() > 0.5  # the same frame, once it is part of the image, has corners
+
+
+def config_and_detector() -> tuple:
+    return opencv_detector("gftt"), LabelConfig(max_keypoints=200)
+
+
+def test_labels_depend_on_the_seed_alone() -> None:
+    image, _ = checkerboard()
+    detector, config = config_and_detector()
+    runs = [adapt(image, detector, config, seed=seed) for seed in (1, 1, 2)]
+    assert np.array_equal(runs[0], runs[1])
+    assert not np.array_equal(runs[0], runs[2])
+
+
+def test_labels_keep_their_distance_and_their_range() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (80, 90, 3)).astype(np.uint8)
+    points = label(cv2.GaussianBlur(image, (0, 0), 1.5), max_keypoints=100, nms_radius=5)
+    gap = np.abs(points[:, None, :2] - points[None, :, :2]).max(-1) + 99 * np.eye(len(points))
+    assert len(points) > 20
+    assert gap.min() > 5  # labels are more than 5 pixels apart before each moves by up to half a pixel
+    assert (points[:, :2] > -0.5).all() and (points[:, :2] < (89.5, 79.5)).all()
+    assert (points[:, 2] > 0).all() and (points[:, 2] <= 1).all()
+    assert points.dtype == np.float32
+
+
+def test_any_callable_on_rgb_is_a_detector() -> None:
+    """A detector of the colour red, which no grey image shows."""
+
+    def red_spots(image: np.ndarray) -> np.ndarray:
+        mask = (image[..., 0] > 180) & (image[..., 1] < 90)
+        _, _, _, centres = cv2.connectedComponentsWithStats(mask.astype(np.uint8))
+        return np.column_stack([centres[1:], np.ones(len(centres) - 1)]).astype(np.float32)
+
+    image = np.full((90, 120, 3), 120, np.uint8)
+    centres = np.array([[30, 40], [80, 30], [70, 65]])
+    for x, y in centres.tolist():
+        cv2.circle(image, (x, y), 4, (255, 30, 30), -1)
+    points = adapt(image, red_spots, LabelConfig(max_keypoints=10), seed=0)
+    assert len(points) == 3
+    assert distances(points, centres).min(axis=1).max() < 0.6
+
+
+def test_a_view_is_a_view() -> None:
+    """The four corners of every view lie in front of the camera, and most of the image is seen."""
+    rng = np.random.default_rng(0)
+    shares = []
+    for _ in range(200):
+        homography = random_homography((120, 160), rng)
+        corners = np.array([[0, 0, 1], [159, 0, 1], [159, 119, 1], [0, 119, 1]]) @ np.linalg.inv(homography).T
+        assert (corners[:, 2] > 0).all()
+        shares.append(cv2.warpPerspective(np.ones((120, 160)), homography, (160, 120), flags=0 | 16).mean())
+    assert 0.4 < np.mean(shares) < 0.8
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_opencv_detectors_give_points_with_responses(name: str) -> None:
+    points = opencv_detector(name)(checkerboard()[0])
+    assert points.dtype == np.float32 and points.shape[1:] == (3,) and len(points) > 0
+    assert (points[:, 2] > 0).any() and (points[:, :2] >= 0).all() and (points[:, :2] <= 159).all()
+
+
+def test_unknown_names_and_numbers_are_refused() -> None:
+    with pytest.raises(ValueError, match="'surf'.*gftt"):
+        opencv_detector("surf")
+    for wrong in (
+        {"detector": "surf"},
+        {"homographies": -1},
+        {"threshold": 1.5},
+        {"max_keypoints": 0},
+        {"max_keypoints": MAX_KEYPOINTS + 1},
+        {"nms_radius": -1},
+    ):
+        with pytest.raises(ValueError, match=r"got|choose"):
+            LabelConfig(**wrong)
+    with pytest.raises(ValueError, match="uint8"):
+        adapt(np.zeros((10, 10), np.uint8), opencv_detector("gftt"), LabelConfig(), seed=0)
+
+
+def test_the_config_is_json() -> None:
+    config = LabelConfig(detector="sift")
+    assert LabelConfig(**json.loads(json.dumps(dataclasses.asdict(config)))) == config
+
+
+def repeatability_by_hand(
+    points0: np.ndarray, points1: np.ndarray, homography: np.ndarray, size: tuple[int, int], radius: float
+) -> float:
+    hits = total = 0
+    for points, others, onward in ((points0, points1, homography), (points1, points0, np.linalg.inv(homography))):
+        back = np.linalg.inv(onward)
+        for point in points:
+            x, y = cv2.perspectiveTransform(point[None, None, :2].astype(float), onward)[0, 0]
+            if not (-0.5 <= x < size[1] - 0.5 and -0.5 <= y < size[0] - 0.5):
+                continue
+            total += 1
+            for other in others:
+                u, v = cv2.perspectiveTransform(other[None, None, :2].astype(float), back)[0, 0]
+                if -0.5 <= u < size[1] - 0.5 and -0.5 <= v < size[0] - 0.5 and np.hypot(*(other[:2] - (x, y))) <= radius:
+                    hits += 1
+                    break
+    return hits / total
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_repeatability_is_counted_by_hand(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    size = (60, 80)
+    homography = random_homography(size, rng)
+    points0, points1 = rng.uniform(0, (79, 59), (40, 2)), rng.uniform(0, (79, 59), (30, 2))
+    expected = repeatability_by_hand(points0, points1, homography, size, 4)
+    assert 0 < expected < 1
+    assert repeatability(points0, points1, homography, size, radius=4) == pytest.approx(expected)
+
+
+def test_repeatability_of_perfect_absent_and_unseen_points() -> None:
+    points = np.array([[10.0, 10.0], [50.0, 20.0]])
+    shift = np.array([[1.0, 0, 30], [0, 1, 0], [0, 0, 1]])
+    assert repeatability(points, points, np.eye(3), (40, 60), radius=1) == 1
+    assert repeatability(points[:1], points[:1] + (30, 0), shift, (40, 60), radius=1) == 1
+    assert repeatability(points, np.zeros((0, 2)), np.eye(3), (40, 60)) == 0
+    assert np.isnan(repeatability(points[1:], np.zeros((0, 2)), shift, (40, 60)))
