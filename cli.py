@@ -91,7 +91,10 @@ def sample(
 
     with _bar("rendering the sample") as bar:
         summary = write_sample(folder, seed=seed, progress=bar)
-    console.print(f"[bold]{folder}[/]: {summary}")
+    console.print(
+        f"[bold]{folder}[/]: {summary.images} images of {summary.scenes} scenes, "
+        f"{len(summary.heldout)} held-out sequences"
+    )
 
 
 @app.command("teacher-cache")
@@ -227,11 +230,12 @@ def extract(
 ) -> None:
     """Extract features of many images. Run again to go on after an interruption."""
     _must_exist(images, *([weights] if weights else []))
-    from samfeat.pipelines.extract import extract_folder, load_method
+    from samfeat.pipelines.extract import extract_folder
 
-    chosen = load_method(method.value, weights=weights, max_keypoints=max_keypoints, device=device.value)
-    summary = extract_folder(images, output, method=chosen, format=format_.value)
-    console.print(summary)
+    chosen = _method(method, weights, max_keypoints, device)
+    with _bar(f"{chosen.name} features") as bar:
+        made = extract_folder(images, output, method=chosen, format=format_.value, progress=bar)
+    console.print(f"[bold]{output}[/]: {made}")
 
 
 @app.command("match")
@@ -249,11 +253,14 @@ def match_command(
 ) -> None:
     """Match two photographs and draw the result."""
     _must_exist(image0, image1, *([weights] if weights else []))
-    from samfeat.pipelines.extract import load_method
     from samfeat.pipelines.match import match_images
 
-    chosen = load_method(method.value, weights=weights, max_keypoints=max_keypoints, device=device.value)
-    console.print(match_images(image0, image1, out, method=chosen, verify=verify.value))
+    chosen = _method(method, weights, max_keypoints, device)
+    found = match_images(image0, image1, out, method=chosen, verify=verify.value)
+    kept = "" if found["inliers"] is None else f", [bold]{found['inliers']}[/] of them agree with one {verify.value}"
+    console.print(
+        f"{found['keypoints0']} and {found['keypoints1']} keypoints, {found['matches']} mutual matches{kept} -> {out}"
+    )
 
 
 @app.command()
@@ -267,17 +274,24 @@ def evaluate(
     weights: WeightsOption = None,
     max_keypoints: KeypointsOption = None,
     device: DeviceOption = Device.auto,
+    name: Annotated[str | None, typer.Option(help="What the method is called in table and figure.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Predict again where the settings changed.")] = False,
 ) -> None:
     """Evaluate features. Predicts once, then evaluates from the stored features."""
     if benchmark != "hpatches":
         raise ValueError(f"unknown evaluation {benchmark!r}: there is hpatches")
     _must_exist(data, *([weights] if weights else []))
-    from samfeat.pipelines.extract import load_method
     from samfeat.pipelines.hpatches import evaluate_hpatches
 
-    chosen = load_method(method.value, weights=weights, max_keypoints=max_keypoints, device=device.value)
-    console.print(evaluate_hpatches(data, out, method=chosen, overwrite=overwrite))
+    chosen = _method(method, weights, max_keypoints, device)
+    with _bar(f"{chosen.name} features") as bar:
+        results = evaluate_hpatches(data, out, method=chosen, name=name, overwrite=overwrite, progress=bar)
+    for subset, curve in results["mma"].items():
+        console.print(
+            f"{results['name']}, {subset}: MMA@1 {curve[0]:.3f}, MMA@3 [bold]{curve[2]:.3f}[/], MMA@5 {curve[4]:.3f}, "
+            f"AUC@5 {results['auc5'][subset]:.3f}, {results['matches'][subset]:.0f} matches a pair"
+        )
+    console.print(f"{results['features']['mean']:.0f} features an image; tables and figure in [bold]{out}[/]")
 
 
 def main() -> None:
@@ -310,6 +324,12 @@ def _one_line(error: Exception) -> str:
             return f"{where}no permission to write or read there: choose another folder, or change its permissions"
         return f"{where}{error.strerror or error}"
     return " ".join(str(error).split())
+
+
+def _method(name: Method, weights: Path | None, max_keypoints: int | None, device: Device) -> Any:
+    from samfeat.pipelines.extract import load_method
+
+    return load_method(name.value, weights=weights, max_keypoints=max_keypoints, device=device.value)
 
 
 def _must_exist(*paths: Path) -> None:

@@ -1,7 +1,7 @@
 """Synthetic pairs: homographies, warps of images and of their targets, and photometric noise.
 
-Everything is batched torch on the device of its arguments, draws only from the generator it is given, and never waits
-for the host. Pixels are (x, y), (0, 0) is the centre of the top-left pixel; homographies map original to warped pixels.
+Everything is batched torch on the device of its arguments, draws only from the generator it is given, and reads nothing
+back to the host. Pixels are (x, y), (0, 0) is the centre of the top-left; homographies map original to warped pixels.
 """
 
 from __future__ import annotations
@@ -244,7 +244,8 @@ def _sources(homographies: Tensor, size: tuple[int, int], cells: tuple[int, int]
 def _sample(maps: Tensor, points: Tensor, size: tuple[int, int] | None = None, *, mode: str, border: str) -> Tensor:
     """Maps [B, C, h, w] over images of ``size`` (default: one cell a pixel), read at the pixels ``points``."""
     height, width = size or maps.shape[-2:]
-    grid = (2 * points + 1) / points.new_tensor([width, height]) - 1
+    x, y = points.unbind(-1)
+    grid = torch.stack([(2 * x + 1) / width - 1, (2 * y + 1) / height - 1], dim=-1)
     return F.grid_sample(maps, grid.clamp(-4, 4).to(maps.dtype), mode, border, align_corners=False)
 
 

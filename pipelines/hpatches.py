@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from samfeat.pipelines.draw import mma_figure
 from samfeat.pipelines.evaluate import collect_results, predict, write_results, write_table
@@ -66,8 +67,6 @@ def match_errors(features0: Mapping[str, Any], features1: Mapping[str, Any], hom
         features1: the same of the other image.
         homography: [3, 3], pixels of image 0 to pixels of image 1.
     """
-    import torch
-
     matches = mutual_matches(features0, features1)
     points0, points1 = (torch.as_tensor(f["keypoints"]).cpu().double().numpy() for f in (features0, features1))
     projected = (

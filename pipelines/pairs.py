@@ -300,7 +300,7 @@ def _spread(views: tuple[_View, _View], boxes: tuple[Box, Box]) -> tuple[np.ndar
     y, x = _best_of_cells(response, block)
     points0 = np.stack([x, y], axis=1)
     points1, valid = _correspond(views, points0 + (left, top))
-    points1 -= (left1, top1)
+    points1 -= (left, top)
     with np.errstate(invalid="ignore"):
         valid &= np.all((points1 >= 0) & (points1 <= (width1 - 1, height1 - 1)), axis=1)
     seen = np.full(response.shape, -1, np.intp)

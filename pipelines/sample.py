@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -27,6 +27,7 @@ import numpy as np
 from samfeat.pipelines.pairs import correspondences
 from samfeat.pipelines.render import Camera, look_at, render_depth, render_image
 from samfeat.pipelines.scenes import (
+    CREDITS,
     FOCAL,
     SIZE,
     Photographs,
@@ -62,6 +63,7 @@ class SampleSummary:
         scenes: number of training scenes.
         images: number of training images.
         heldout: names of the held-out sequences.
+        photographs: whose they are.
     """
 
     format: str
@@ -69,6 +71,7 @@ class SampleSummary:
     scenes: int
     images: int
     heldout: tuple[str, ...]
+    photographs: str
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ def write_sample(
         ValueError: the folder holds something else, or a sample of another seed.
         OSError: it cannot be written.
     """
-    folder = Path(folder)
+    folder = Path(folder).resolve()
     if (found := read_summary(folder)) is not None:
         if (found.format, found.seed) != (_FORMAT, seed):
             raise ValueError(f"{folder} holds {found.format} of seed {found.seed}; remove it or choose another folder")
@@ -104,7 +107,7 @@ def write_sample(
     partial_folder = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial_folder, ignore_errors=True)
     partial_folder.mkdir(parents=True)
-    summary = SampleSummary(_FORMAT, seed, ROOMS + 1, 2 + ROOMS * VIEWS, HELD_OUT_SEQUENCES)
+    summary = SampleSummary(_FORMAT, seed, ROOMS + 1, 2 + ROOMS * VIEWS, HELD_OUT_SEQUENCES, CREDITS)
     done = _Counter(summary.images + VIEWS * len(HELD_OUT_SEQUENCES), progress)
     photographs = load_photographs()
     jobs = [partial(_write_motorcycle, partial_folder, done)]
@@ -113,9 +116,11 @@ def write_sample(
     ]
     for k, name in enumerate(HELD_OUT_SEQUENCES):
         jobs.append(partial(_write_sequence, partial_folder / "heldout" / name, photographs, (seed, 1000 + k), done))
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for running in [pool.submit(job) for job in jobs]:
-            running.result()
+    try:
+        _run(jobs)
+    except BaseException:
+        shutil.rmtree(partial_folder, ignore_errors=True)
+        raise
     (partial_folder / MARKER).write_text(json.dumps(asdict(summary), indent=2) + "\n")
     partial_folder.replace(folder)
     return summary
@@ -131,6 +136,16 @@ def read_summary(folder: str | Path) -> SampleSummary | None:
         return SampleSummary(**{**values, "heldout": tuple(values["heldout"])})
     except (ValueError, TypeError, KeyError):
         raise ValueError(f"{marker} is damaged; remove the folder and write the sample again") from None
+
+
+def _run(jobs: Sequence[Callable[[], None]]) -> None:
+    """Runs ``jobs`` in threads; after an error, those that have not begun are dropped."""
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
+        for running in [pool.submit(job) for job in jobs]:
+            running.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 class _Counter:

@@ -23,7 +23,7 @@ from samfeat.teacher_cache.regions import (
     measure,
     region_tree,
 )
-from samfeat.teacher_cache.schema import Gifts, Masks, package_versions
+from samfeat.teacher_cache.schema import Gifts, Masks
 
 VERSION = 1  # raised whenever equal parameters give other gifts
 CHANNELS = 256  # of the embedding, as SAM's
@@ -39,12 +39,11 @@ class ClassicalTeacher:
     Attributes:
         regions: how the tree of regions is made.
         min_area, max_area: share of the image between which a region may be a mask.
-        even_cost: merging cost at which a region is as likely an object as not; see ``predicted_iou`` below.
+        even_cost: merging cost at which a region is as likely an object as not.
         min_quality: least predicted_iou of a mask.
         max_iou: of two masks that overlap more than this, the one with the higher predicted_iou stays.
         level_step: stability_score compares a mask at levels this far above and below its own, in merging cost.
-        edge_cost: merging cost of the regions on the two sides of an edge of strength 255.
-        levels: numbers of regions (few, many) between which the embedding tells regions apart.
+        most_regions: the embedding tells regions apart from the level of this many upwards.
         piece_weight: weight of the smallest pieces in the embedding, next to 1 for all levels above together.
         scales: (colour, texture, position) frequencies of the embedding's random Fourier features.
         seed: of the embedding's random projection, the same for all images.
@@ -56,12 +55,11 @@ class ClassicalTeacher:
     min_area: float = 5e-4
     max_area: float = 0.95
     even_cost: float = 0.6
-    min_quality: float = 0.25
+    min_quality: float = 0.3
     max_iou: float = 0.7
     level_step: float = 0.05
-    edge_cost: float = 1.0
-    levels: tuple[float, float] = (1.5, 32.0)
-    piece_weight: float = 0.1
+    most_regions: float = 24.0
+    piece_weight: float = 0.05
     scales: tuple[float, float, float] = (1.0, 1.0, 2.0)
     seed: int = 0
 
@@ -108,13 +106,12 @@ class ClassicalTeacher:
     def _masks(self, tree: RegionTree) -> Masks:
         """Regions that stand out, without near duplicates.
 
-        predicted_iou is c^2 / (c^2 + even_cost^2), c being the cost at which a region dissolves. On photographs with
-        human segmentations this is close to the IoU of such a region with the best of the human segments.
+        predicted_iou follows from the cost at which a region dissolves, see :meth:`_object_likeness`.
         stability_score is SAM's idea on the tree: the IoU of the regions that stand in the mask's place a little below
         and a little above the middle of its life.
         """
         dissolve = tree.height[tree.parent]
-        quality = dissolve**2 / (dissolve**2 + self.even_cost**2)
+        quality = self._object_likeness(dissolve)
         share = tree.area / tree.labels.size
         fit = (share >= self.min_area) & (share <= self.max_area) & (quality >= self.min_quality)
         fit[-1] = False
@@ -136,6 +133,14 @@ class ClassicalTeacher:
         )
         return sort_masks(stack, table)
 
+    def _object_likeness(self, cost: np.ndarray) -> np.ndarray:
+        """c^2 / (c^2 + even_cost^2) of merging costs c: 0 to 1.
+
+        On photographs with human segmentations this is close to the IoU of a region that dissolves at cost c with the
+        best of the human segments.
+        """
+        return cost**2 / (cost**2 + self.even_cost**2)
+
     def _stability(self, tree: RegionTree, region: int) -> float:
         """IoU of the regions around ``region`` at levels ``level_step`` below and above the middle of its life."""
         middle = (tree.height[region] + tree.height[tree.parent[region]]) / 2
@@ -148,14 +153,17 @@ class ClassicalTeacher:
         return float(tree.area[below] / tree.area[above])
 
     def _edges(self, tree: RegionTree, strength: np.ndarray) -> np.ndarray:
-        """Two pixels wide lines between the pieces, as strong as the merge that removes them, softened."""
-        saliency = np.zeros(tree.labels.shape, np.float32)
+        """Geometric mean of the boundary strength and of the lines between regions, two pixels wide and softened.
+
+        A line is as strong as the predicted_iou of the regions on its two sides, taken where they become one.
+        """
+        cost = np.zeros(tree.labels.shape, np.float32)
         for here, there in ((np.s_[:, 1:], np.s_[:, :-1]), (np.s_[1:], np.s_[:-1])):
             value = _meeting_height(tree, tree.labels[here], tree.labels[there])
-            np.maximum(saliency[here], value, out=saliency[here])
-            np.maximum(saliency[there], value, out=saliency[there])
-        saliency = cv2.GaussianBlur(saliency, (3, 3), 0)
-        return np.rint(np.minimum(saliency / self.edge_cost, 1) * 255).astype(np.uint8)
+            np.maximum(cost[here], value, out=cost[here])
+            np.maximum(cost[there], value, out=cost[there])
+        lines = cv2.GaussianBlur(self._object_likeness(cost), (5, 5), 0)
+        return np.rint(np.minimum(np.sqrt(lines * strength), 1) * 255).astype(np.uint8)
 
     def _embedding(self, tree: RegionTree) -> np.ndarray:
         """Sum, over all regions that a piece belongs to, of a code of the region weighted by how long it lasts.
@@ -179,12 +187,16 @@ class ClassicalTeacher:
         return np.ascontiguousarray(cells.T.reshape(CHANNELS, rows, columns), np.float32)
 
     def _life(self, tree: RegionTree) -> np.ndarray:
-        """Share of the levels, in log number of regions, at which each region stands; plus the weight of a piece."""
-        count = len(tree.parent)
-        standing = np.concatenate([np.full(tree.leaves, tree.leaves), np.arange(tree.leaves - 1, 0, -1)])
-        until = np.where(np.arange(count) < count - 1, standing[tree.parent], 1)
-        few, many = np.log(self.levels)
-        life = (np.clip(np.log(standing), few, many) - np.clip(np.log(until), few, many)) / (many - few)
+        """How long each region lasts, all merges together taking 1; and the weight of a piece on top.
+
+        A merge takes the time by which it lowers the logarithm of the number of regions, from ``most_regions`` to 1,
+        times its cost: merges inside one object are quick, the last ones between objects slow.
+        """
+        numbers = np.log(np.minimum(np.arange(tree.leaves, 0, -1), self.most_regions))  # before the first merge, after each
+        clock = np.concatenate([[0.0], np.cumsum(tree.height[tree.leaves :] * -np.diff(numbers))])
+        clock /= max(clock[-1], 1e-9)
+        born = np.concatenate([np.zeros(tree.leaves, int), np.arange(1, tree.leaves)])
+        life = clock[born[tree.parent]] - clock[born]
         life[: tree.leaves] += self.piece_weight
         return life
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import struct
 import zipfile
 from collections.abc import Iterable
@@ -190,7 +191,7 @@ class FolderSource:
         data = _read_bytes(path)
         image, scale = _fit(read_image(data, name=str(path)), self.crop_size, path)
         height, width = self.crop_size
-        digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
+        digest = hashlib.sha256(os.fsencode(f"{self.seed}:{name}")).digest()
         rng = np.random.default_rng(int.from_bytes(digest[:8], "little"))
         top = int(rng.integers(image.shape[0] - height + 1))
         left = int(rng.integers(image.shape[1] - width + 1))

@@ -37,9 +37,9 @@ class RegionParameters:
     bins: int = 8
     chroma: float = 50.0
     flat: float = 0.02
-    radii: tuple[float, float, float] = (1.5, 5.0, 10.0)
+    radii: tuple[float, float, float] = (2.0, 5.0, 10.0)
     smoothing: float = 1.0
-    contrast: float = 0.3
+    contrast: float = 0.15
     size_exponent: float = 0.4
     size_scale: float = 0.013
 

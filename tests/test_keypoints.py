@@ -74,13 +74,12 @@ def test_a_flat_image_has_no_labels() -> None:
         assert label(np.full((64, 64, 3), 90, np.uint8), detector=detector, homographies=4).shape == (0, 3)
 
 
-def test_the_edges_of_views_are_not_labelled() -> None:
-    """A slope without a corner: all that a detector finds comes from the frame of the image or of a view."""
-    slope = np.tile(np.linspace(60, 250, 96).astype(np.uint8)[:, None, None], (1, 96, 3))
-    found = label(slope, threshold=0.0, max_keypoints=200)
-    framed = adapt(cv2.copyMakeBorder(slope, 30, 30, 30, 30, cv2.BORDER_CONSTANT), *config_and_detector(), seed=3)
-    assert found[:, 2].max(initial=0) < 0.1
-    assert framed[:, 2].max() > 0.5  # the same frame, once it is part of the image, has corners
+def test_points_near_the_frame_are_not_believed() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (90, 120, 3)).astype(np.uint8)
+    noise = cv2.GaussianBlur(noise, (0, 0), 1.5)
+    inner, outer = ((label(noise, border=border, homographies=0, max_keypoints=200)) for border in (6, 0))
+    assert (inner[:, :2] >= 5.5).all() and (inner[:, :2] <= (113.5, 83.5)).all()
+    assert ((outer[:, :2] < 5.5) | (outer[:, :2] > (113.5, 83.5))).any()
 
 
 def config_and_detector() -> tuple:

@@ -347,6 +347,32 @@ def test_mean_softplus_by_hand() -> None:
     assert same.item() == pytest.approx(loss.item(), rel=1e-9)
 
 
+def test_every_wsc_form_by_hand_within_the_margin() -> None:
+    # Two equal descriptors in group 1, the opposite one in group 2; M = 0.07, T = 5. The equal pair is nearer than M, so
+    # it counts as M: p = e^(-0.07 / 5); the others are 2 apart: n = e^(-2 / 5).
+    p, n = math.exp(-0.014), math.exp(-0.4)
+    # mean_softplus: P = M, N = 2. masked_infonce: points 0 and 1 have one pair of each kind, point 2 no positive one.
+    expected = {"mean_softplus": -math.log(p / (p + n)), "masked_infonce": -math.log(p / (p + n))}
+    # released: points 0 and 1 have sums p + p + 1 (itself, the other, the wrong kind) and 1 + 1 + n; point 2 has
+    # p + 1 + 1 and n + n + 1.
+    columns = [(2 * p + 1, 2 + n), (2 * p + 1, 2 + n), (p + 2, 2 * n + 1)]
+    expected["released"] = sum(-math.log(near / (near + far)) for near, far in columns) / 3
+    for form in WSC_FORMS:
+        loss = wsc_loss(
+            points_on_circle(30, 30, 210), torch.ones(1, 3), torch.tensor([[1, 1, 2]]), torch.zeros(1, 3, 3).bool(),
+            form=form,
+        )  # fmt: skip
+        assert loss.item() == pytest.approx(expected[form], rel=1e-9)
+
+
+@pytest.mark.parametrize("form", ["masked_infonce", "mean_softplus"])
+def test_repaired_wsc_forms_need_a_pair_of_each_kind(form: str) -> None:
+    d, w = F.normalize(torch.randn(1, 5, 8), dim=-1).requires_grad_(), torch.rand(1, 5, requires_grad=True)
+    groups = torch.tensor([[1, 2, 3, 0, 0]])  # every mask holds one point, and the background is no group
+    loss = wsc_loss(d, w, groups, torch.zeros(1, 5, 5).bool(), form=form) + 0 * w.sum()
+    assert_zero_with_gradient(loss, d, w)
+
+
 @pytest.mark.parametrize(("form", "gain"), [("released", 0.01), ("masked_infonce", 0.2), ("mean_softplus", 0.1)])
 def test_only_the_repaired_wsc_forms_reward_clusters(form: str, gain: float) -> None:
     scattered, clustered, groups, excluded = measured_wsc_case(0)

@@ -1,6 +1,5 @@
 import json
 from itertools import permutations
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -80,7 +79,7 @@ def test_the_nearest_surface_hides_the_others():
         inner = np.zeros((120, 160), bool)
         inner[35:85, 55:105] = True  # 1 m at 2 m and 100 px: 50 px about the centre (79.5, 59.5)
         np.testing.assert_allclose(depth, np.where(inner, 2.0, 6.0), rtol=1e-12)
-        np.testing.assert_allclose(image, np.where(inner[:, :, None], 1.0, 0.0), atol=1e-6)
+        np.testing.assert_allclose(image.mean(axis=2), inner, atol=1e-6)
 
 
 def test_what_is_not_hit_has_no_depth_and_shows_the_background():
@@ -98,20 +97,28 @@ def test_pictures_move_with_the_homography():
     first, second = (render_image([surface], view, background=background) for view in VIEWPOINTS)
     H = homography_between(surface, *VIEWPOINTS)
     warped = cv2.warpPerspective(first, H, (160, 120), flags=cv2.INTER_CUBIC)
-    inside = cv2.warpPerspective(np.ones((120, 160), np.float32), H, (160, 120)) == 1
+    inside = (
+        cv2.erode(
+            cv2.warpPerspective(np.ones((120, 160), np.uint8), H, (160, 120)),
+            np.ones((9, 9)),
+            borderType=cv2.BORDER_CONSTANT,
+            borderValue=0,
+        )
+        == 1
+    )
     assert inside.mean() > 0.3
-    assert np.abs(warped - second)[inside].max() < 0.01
+    assert np.abs(warped - second)[inside].max() < 0.005
 
 
 def test_no_aliasing():
-    """A fine chequerboard seen from far away is grey, not moiré."""
+    """A chequerboard whose squares are smaller than a pixel is grey, not moiré."""
     board = np.repeat((np.indices((1024, 1024)).sum(axis=0) % 2)[:, :, None], 3, axis=2).astype(np.float32)
     floor = Surface(np.array([-20.0, 1.0, 40.0]), np.array([40.0, 0, 0]), np.array([0, 0, -39.0]), mipmap(board))
-    image = render_image(
-        [floor], Camera(pinhole(), np.eye(4), (120, 160)), background=np.full((120, 160, 3), 0.5, np.float32)
-    )
-    assert image[70:].std() < 0.02
-    assert np.abs(image[70:] - 0.5).max() < 0.1
+    view = Camera(pinhole(), np.eye(4), (120, 160))
+    image = render_image([floor], view, background=np.full((120, 160, 3), 0.5, np.float32))
+    far, near = image[65:75], image[110:]  # squares of 0.2 to 0.6 pixels; of 2
+    assert np.abs(far - 0.5).max() < 0.02
+    assert near.std() > 0.02
 
 
 def test_look_at():
@@ -191,33 +198,28 @@ def test_a_complete_sample_is_left_alone(small):
         write_sample(folder, seed=1)
 
 
-def test_rooms_agree_between_views(small):
-    """Grey values at corresponding points agree, up to the light, much better than at points a few pixels off."""
+def test_rooms_agree_with_sift(small):
+    """Depth and poses put points where SIFT finds them in the other view."""
     info = read_scene_info(small[0] / "scene_info" / "0001.npz")
     assert len(info.pairs) == 30
-    images = [
-        cv2.cvtColor(read_image(small[0] / path), cv2.COLOR_RGB2GRAY).astype(np.float32) for path in info.image_paths
-    ]
+    images = [read_image(small[0] / path) for path in info.image_paths]
     depths = [read_depth(small[0] / path) for path in info.depth_paths]
     assert all(depth.dtype == np.float32 and depth.shape == (480, 640) for depth in depths)
-    tried = 0
-    for (i, j), overlap in zip(info.pairs, info.overlap):
-        if overlap < 0.6:
-            continue
-        tried += 1
-        corners = cv2.goodFeaturesToTrack(images[i], 300, 0.01, 8)[:, 0].astype(np.float64)
+    sift = cv2.SIFT_create(1500, enable_precise_upscale=True)
+    features = [sift.detectAndCompute(image, None) for image in images]
+    for i, j in info.pairs[info.overlap > 0.7]:
+        pairs = cv2.BFMatcher().knnMatch(features[i][1], features[j][1], k=2)
+        good = [first for first, second in pairs if first.distance < 0.7 * second.distance]
+        points0 = np.array([features[i][0][match.queryIdx].pt for match in good])
+        found = np.array([features[j][0][match.trainIdx].pt for match in good])
         T = info.poses[j] @ np.linalg.inv(info.poses[i])
-        points1, valid = correspondences(depths[i], depths[j], info.intrinsics[i], info.intrinsics[j], T, corners)
-        assert valid.sum() > 50
-
-        def agreement(shift, i=i, j=j, corners=corners, points1=points1, valid=valid):
-            a = cv2.remap(images[i], *corners[valid].T.astype(np.float32), cv2.INTER_LINEAR)
-            b = cv2.remap(images[j], *(points1[valid] + shift).T.astype(np.float32), cv2.INTER_LINEAR)
-            return np.corrcoef(a.ravel(), b.ravel())[0, 1]
-
-        assert agreement((0, 0)) > 0.85
-        assert agreement((0, 0)) > max(agreement(shift) for shift in ((4, 0), (-4, 0), (0, 4), (0, -4)))
-    assert tried >= 5
+        points1, valid = correspondences(depths[i], depths[j], info.intrinsics[i], info.intrinsics[j], T, points0)
+        offset = (found - points1)[valid]
+        error = np.linalg.norm(offset, axis=1)
+        assert (error < 3).sum() > 50
+        assert (error < 3).mean() > 0.6
+        assert np.median(error[error < 3]) < 0.6
+        assert np.abs(np.median(offset[error < 3], axis=0)).max() < 0.15
 
 
 def test_the_motorcycle_is_the_measured_pair(small):
@@ -232,9 +234,10 @@ def test_the_motorcycle_is_the_measured_pair(small):
     T = info.poses[1] @ np.linalg.inv(info.poses[0])
     points1, valid = correspondences(*depths, *info.intrinsics, T, points0)
     d = disparity[points0[:, 1], points0[:, 0]]
+    assert np.isfinite(d[valid]).all()
     assert valid.mean() > 0.75
-    np.testing.assert_allclose(points1[valid], (points0 - np.stack([d, 0 * d], axis=1))[valid], atol=0.01)
-    assert not valid[~np.isfinite(d)].any()
+    np.testing.assert_allclose(points1[valid, 0], points0[valid, 0] - d[valid], atol=0.01)
+    np.testing.assert_allclose(points1[valid, 1], points0[valid, 1], atol=1e-6)
 
 
 def test_overlap_and_scale_ratio(small):
@@ -261,7 +264,7 @@ def test_held_out_homographies(small):
     """SIFT matches of the photographs themselves agree with the homographies that are written beside them."""
     folder = small[0] / "heldout"
     assert sorted(path.name for path in folder.iterdir()) == ["i_coffee", "v_chelsea"]
-    sift = cv2.SIFT_create(3000)
+    sift = cv2.SIFT_create(3000, enable_precise_upscale=True)
     for sequence in ("v_chelsea", "i_coffee"):
         views = [read_image(folder / sequence / f"{k}.png") for k in range(1, 7)]
         features = [sift.detectAndCompute(view, None) for view in views]
@@ -313,7 +316,10 @@ def test_an_interrupted_sample_leaves_no_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(sample, "HELD_OUT_SEQUENCES", ())
     with pytest.raises(KeyboardInterrupt):
         write_sample(tmp_path / "sample", progress=stop)
-    assert not (tmp_path / "sample").exists()
-    summary = write_sample(Path(tmp_path / "sample"))  # goes over what was left
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "sample.partial").mkdir()  # left by a process that was killed
+    (tmp_path / "sample").mkdir()
+    monkeypatch.chdir(tmp_path / "sample")
+    summary = write_sample(".")  # an empty folder will do
     assert summary.images == 2
     assert [path.name for path in tmp_path.iterdir()] == ["sample"]

@@ -1,8 +1,11 @@
 """SAM as a teacher, against segment_anything itself (real classes, toy size)."""
 
+import copy
 import hashlib
+import inspect
 import pickle
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
@@ -19,7 +22,7 @@ from samfeat.teacher_cache.checkpoints import CHECKPOINTS
 from samfeat.teacher_cache.schema import Gifts
 from samfeat.teacher_cache.teacher import SamParameters, SamTeacher, load_sam
 
-SIZES = [(96, 96), (120, 90), (75, 110)]
+SIZES = [(96, 96), (120, 90), (70, 110)]
 GRID = {"points_per_side": 7, "pred_iou_thresh": 0.8, "stability_score_thresh": 0.15, "box_nms_thresh": 0.8}
 DIGEST = "0" * 64
 
@@ -147,6 +150,34 @@ def test_edges_are_those_of_the_recipe(taught, toy_sam: Sam) -> None:
     assert np.abs(gifts.edges - expected).max() < 0.51  # rounding
 
 
+class Chain(SamTeacher):
+    """Three boxes in two batches: the first suppresses the second, the second the third, the first not the third."""
+
+    def _edge_masks(self, size: tuple[int, int]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        logits = torch.full((3, *size), -9.0)
+        for mask, left in zip(logits, (10, 14, 18)):
+            mask[10:31, left : left + 21] = 9
+        yield logits[1:], torch.tensor([0.8, 0.7])
+        yield logits[:1], torch.tensor([0.9])
+
+
+@pytest.mark.parametrize(("threshold", "last_edge"), [(0.6, 0), (0.9, 191)])
+def test_duplicates_go_within_batches_before_they_go_between_them(
+    toy_sam: Sam, threshold: float, last_edge: int
+) -> None:
+    parameters = {**GRID, "points_per_side": 1, "box_nms_thresh": threshold}
+    teacher = Chain.from_sam(toy_sam, model="toy", checkpoint_sha256=DIGEST, **parameters)
+    edges = teacher(image_of((50, 50))[None])[0].edges
+    assert edges[20, 30] == 191  # right side of the best box
+    assert edges[20, 38] == last_edge  # right side of the third, which the second took along
+
+
+def test_the_finish_of_the_edges_is_a_parameter(toy_sam: Sam) -> None:
+    parameters = {"points_per_side": 1, "edge_points_per_side": 3, "edge_style": "binary"}
+    edges = toy_teacher(toy_sam, **parameters)(image_of((60, 60))[None])[0].edges
+    assert np.unique(edges).tolist() == [0, 255]
+
+
 def test_a_batch_is_its_images_one_by_one(toy_sam: Sam) -> None:
     images = np.stack([image_of((64, 48), seed) for seed in range(3)])
     teacher = toy_teacher(toy_sam, points_per_side=3, edge_points_per_side=3)
@@ -208,8 +239,6 @@ def test_provenance_names_every_parameter(toy_sam: Sam) -> None:
 
 
 def test_defaults_are_those_of_the_generator() -> None:
-    import inspect
-
     theirs = inspect.signature(SamAutomaticMaskGenerator).parameters
     ours = SamParameters()
     for name in SamParameters.__dataclass_fields__.keys() & theirs.keys():
@@ -227,14 +256,11 @@ def test_parameters_out_of_range_are_refused(wrong: dict) -> None:
         SamParameters(**wrong)
 
 
-class Registry:
+@pytest.fixture
+def toy_as_vit_b(toy_sam: Sam, monkeypatch: pytest.MonkeyPatch) -> None:
     """The toy network under an official name: what loads is then small."""
-
-    def __init__(self, toy_sam: Sam, monkeypatch: pytest.MonkeyPatch) -> None:
-        import copy
-
-        monkeypatch.setitem(sam_model_registry, "vit_b", lambda: copy.deepcopy(toy_sam))
-        monkeypatch.setattr(teacher_module, "_model_of", lambda state: "vit_b")
+    monkeypatch.setitem(sam_model_registry, "vit_b", lambda: copy.deepcopy(toy_sam))
+    monkeypatch.setattr(teacher_module, "_model_of", lambda state: "vit_b")
 
 
 def test_loading_needs_a_file(tmp_path: Path) -> None:
@@ -247,7 +273,7 @@ def test_loading_needs_a_file(tmp_path: Path) -> None:
 def test_a_damaged_official_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / CHECKPOINTS["vit_b"].name
     path.write_bytes(b"half of it")
-    with pytest.raises(ValueError, match="damaged"):
+    with pytest.raises(ValueError, match="is damaged: its sha256"):
         load_sam(path, model="vit_b")
 
 
@@ -256,6 +282,7 @@ class Payload:
         return Path.touch, (Path("executed"),)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_a_pickle_with_code_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({"image_encoder.patch_embed.proj.weight": Payload()}, tmp_path / "evil.pth")
@@ -291,10 +318,8 @@ def test_rubbish_is_no_checkpoint(tmp_path: Path) -> None:
             load_sam(tmp_path / "rubbish.pth", model="vit_b")
 
 
-def test_a_checkpoint_with_a_missing_tensor_is_refused(
-    tmp_path: Path, toy_sam: Sam, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    Registry(toy_sam, monkeypatch)
+@pytest.mark.usefixtures("toy_as_vit_b")
+def test_a_checkpoint_with_a_missing_tensor_is_refused(tmp_path: Path, toy_sam: Sam) -> None:
     state = dict(toy_sam.state_dict())
     del state["mask_decoder.iou_token.weight"]
     torch.save(state, tmp_path / "partial.pth")
@@ -303,8 +328,8 @@ def test_a_checkpoint_with_a_missing_tensor_is_refused(
     assert "\n" not in str(error.value)
 
 
-def test_a_loaded_teacher_is_the_built_one(tmp_path: Path, toy_sam: Sam, monkeypatch: pytest.MonkeyPatch) -> None:
-    Registry(toy_sam, monkeypatch)
+@pytest.mark.usefixtures("toy_as_vit_b")
+def test_a_loaded_teacher_is_the_built_one(tmp_path: Path, toy_sam: Sam) -> None:
     path = tmp_path / "toy.pth"
     torch.save(toy_sam.state_dict(), path)
     parameters = {**GRID, "points_per_side": 2, "edge_points_per_side": 2}
