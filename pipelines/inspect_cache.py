@@ -15,7 +15,9 @@ from rich.table import Table
 from samfeat.pipelines.draw import color_groups, color_map, draw_keypoints, draw_matches, panel, pca_rgb, save_png
 from samfeat.pipelines.files import write_bytes
 from samfeat.teacher_cache.schema import Gifts, Record
-from samfeat.teacher_cache.store import Problem, TeacherCache, open_stores
+from samfeat.teacher_cache.store import TeacherCache, open_stores
+from samfeat.teacher_cache.verify import Problem
+from samfeat.teacher_cache.verify import verify as verify_store
 
 __all__ = ["open_stores", "picture_of_image", "picture_of_pair", "summary", "verify", "write_gallery"]
 
@@ -150,7 +152,7 @@ def verify(
     problems: list[str] = []
     total, done = sum(len(store) for store in stores), 0
     for store in stores:
-        for found in store.verify():
+        for found in verify_store(store):
             if isinstance(found, Problem):
                 where = f"{store.path.name}" + (f", image {found.image}" if found.image >= 0 else "")
                 problems.append(f"{where}: {found.text}")

@@ -144,7 +144,7 @@ class _ArrayUnpickler(pickle.Unpickler):
     def find_class(self, module_name: str, global_name: str) -> Any:
         if f"{module_name}.{global_name}" not in _NUMPY_PARTS:
             raise pickle.UnpicklingError(f"it wants to load {module_name}.{global_name}, which is refused")
-        return super().find_class(module_name.replace("numpy.core.", "numpy._core."), global_name)
+        return super().find_class(module_name, global_name)
 
 
 class _Members:

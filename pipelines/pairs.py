@@ -45,7 +45,7 @@ def correspondences(
         points0: [n, 2], (x, y) in image 0.
 
     Returns:
-        points1: float64 [n, 2], (x, y) in image 1; not finite where there is no depth.
+        points1: float64 [n, 2], (x, y) in image 1; NaN where there is no depth, or where it lies behind the camera.
         valid: bool [n].
     """
     T0to1 = np.asarray(T0to1, np.float64)
@@ -56,8 +56,7 @@ def correspondences(
     back, z0_back = _project(points1, z1, K1, K0, np.linalg.inv(T0to1))
     with np.errstate(invalid="ignore"):
         valid = (
-            (z1_projected > 0)
-            & (np.abs(z1_projected - z1) <= DEPTH_TOLERANCE * z1)
+            (np.abs(z1_projected - z1) <= DEPTH_TOLERANCE * z1)
             & (np.abs(z0_back - z0) <= DEPTH_TOLERANCE * z0)
             & (np.linalg.norm(back - points0, axis=1) <= PIXEL_TOLERANCE)
         )
@@ -300,7 +299,7 @@ def _spread(views: tuple[_View, _View], boxes: tuple[Box, Box]) -> tuple[np.ndar
     y, x = _best_of_cells(response, block)
     points0 = np.stack([x, y], axis=1)
     points1, valid = _correspond(views, points0 + (left, top))
-    points1 -= (left, top)
+    points1 -= (left1, top1)
     with np.errstate(invalid="ignore"):
         valid &= np.all((points1 >= 0) & (points1 <= (width1 - 1, height1 - 1)), axis=1)
     seen = np.full(response.shape, -1, np.intp)

@@ -75,9 +75,11 @@ class SampleSummary:
 
 
 @dataclass(frozen=True)
-class _View:
-    image: np.ndarray  # uint8 [H, W, 3]
-    depth: np.ndarray  # [H, W]
+class View:
+    """One picture of a scene: uint8 [H, W, 3], its depth along the optical axis [H, W] (0 unknown), and its camera."""
+
+    image: np.ndarray
+    depth: np.ndarray
     camera: Camera
 
 
@@ -169,7 +171,7 @@ def _write_room(folder: Path, scene: str, photographs: Photographs, seed: tuple[
         rng = np.random.default_rng((*seed, k))
         camera = viewpoint(rng)
         picture = render_image(surfaces, camera, background=sky(rng))
-        views[f"{k}"] = _View(develop(picture, draw_light(rng), rng), render_depth(surfaces, camera), camera)
+        views[f"{k}"] = View(develop(picture, draw_light(rng), rng), render_depth(surfaces, camera), camera)
         done.advance()
     _write_scene(folder, scene, views)
 
@@ -194,7 +196,7 @@ def _write_motorcycle(folder: Path, done: _Counter) -> None:
         pose = np.eye(4)
         pose[0, 3] = -_MOTORCYCLE_BASELINE if shift else 0.0
         depth = np.nan_to_num(_MOTORCYCLE_FOCAL * _MOTORCYCLE_BASELINE / (values + _MOTORCYCLE_OFFSET))
-        views[name] = _View(image, depth, Camera(K, pose, disparity.shape))
+        views[name] = View(image, depth, Camera(K, pose, disparity.shape))
         done.advance()
     _write_scene(folder, "0000", views)
 
@@ -220,7 +222,7 @@ def disparity_of_right_view(disparity: np.ndarray) -> np.ndarray:
     return np.where(np.isfinite(found), found, np.nan)
 
 
-def _write_scene(folder: Path, scene: str, views: dict[str, _View]) -> None:
+def _write_scene(folder: Path, scene: str, views: dict[str, View]) -> None:
     image_folder = Path("Undistorted_SfM") / scene / "images"
     depth_folder = Path("phoenix/S6/zl548/MegaDepth_v1") / scene / "dense0" / "depths"
     for part in (image_folder, depth_folder, Path("scene_info")):
@@ -229,7 +231,7 @@ def _write_scene(folder: Path, scene: str, views: dict[str, _View]) -> None:
         _write_picture(folder / image_folder / f"{name}.jpg", view.image)
         with h5py.File(folder / depth_folder / f"{name}.h5", "w") as file:
             file.create_dataset("depth", data=view.depth.astype(np.float32), compression="gzip", shuffle=True)
-    overlap, scale_ratio = _relations(list(views.values()))
+    overlap, scale_ratio = relations(list(views.values()))
     np.savez(
         folder / "scene_info" / f"{scene}.npz",
         image_paths=[(image_folder / f"{name}.jpg").as_posix() for name in views],
@@ -241,7 +243,7 @@ def _write_scene(folder: Path, scene: str, views: dict[str, _View]) -> None:
     )
 
 
-def _relations(views: list[_View]) -> tuple[np.ndarray, np.ndarray]:
+def relations(views: list[View]) -> tuple[np.ndarray, np.ndarray]:
     """Overlap and scale-ratio matrices, -1 where there are none, as D2-Net's preprocessing defines them.
 
     Overlap (i, j) is the share of the points of i that j sees as well, here of a regular grid of pixels; the scale

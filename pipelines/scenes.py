@@ -24,8 +24,8 @@ PICTURES = (
 )
 HELD_OUT = ("coffee", "grace_hopper", "chelsea", "flower")  # in no training scene
 CREDITS = (
-    "scikit-image, skimage.data: CC0 or public domain, see its docstrings; motorcycle: Middlebury 2014, Scharstein et al. | "
-    "scikit-learn: china by danielbuechele, flower by vultilion, CC BY 2.0 | matplotlib: grace_hopper, public domain"
+    "scikit-image (skimage.data): CC0 or public domain, see its docstrings; motorcycle: Middlebury 2014 stereo data; "
+    "scikit-learn: china by danielbuechele, flower by vultilion, CC BY 2.0; matplotlib: grace_hopper, public domain"
 )
 
 _FACE_TEXELS = 360  # height of the texture of a face; more would never be seen

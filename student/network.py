@@ -220,18 +220,18 @@ class SAMFeatNetwork(nn.Module):
 
     def _backbone(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """C1 to c4 at 1/1, 1/2, 1/4 and 1/8 of the resolution."""
-        c1 = F.relu(self.conv1b(F.relu(self.conv1a(images))))
-        c2 = F.relu(self.conv2b(F.relu(self.conv2a(F.max_pool2d(c1, 2)))))
-        c3 = F.relu(self.conv3b(F.relu(self.conv3a(F.max_pool2d(c2, 2)))))
-        c4 = F.relu(self.conv4b(F.relu(self.conv4a(F.max_pool2d(c3, 2)))))
+        c1 = F.relu_(self.conv1b(F.relu_(self.conv1a(images))))
+        c2 = F.relu_(self.conv2b(F.relu_(self.conv2a(F.max_pool2d(c1, 2)))))
+        c3 = F.relu_(self.conv3b(F.relu_(self.conv3a(F.max_pool2d(c2, 2)))))
+        c4 = F.relu_(self.conv4b(F.relu_(self.conv4a(F.max_pool2d(c3, 2)))))
         return c1, c2, c3, c4
 
 
 class DetectionHead(nn.Conv2d):
     """A 3 x 3 convolution to a single logit, at least float32.
 
-    Computed as nine 1 x 1 convolutions whose outputs are shifted and added, which is the same sum in another order: torch
-    has no good kernel for a single output channel (on a CPU this takes a sixth of the time, a third in training).
+    Computed as nine 1 x 1 convolutions whose outputs are shifted and added, the same sum in another order: torch has no
+    good kernel for a single output channel (on a CPU this takes a sixth of the time, a third in training).
     """
 
     def __init__(self, channels: int) -> None:

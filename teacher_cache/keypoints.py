@@ -34,6 +34,7 @@ _OPENCV: dict[str, Callable[[], cv2.Feature2D]] = {
 DETECTORS = tuple(_OPENCV)
 """Names that :func:`opencv_detector` knows. ``gftt`` is Shi & Tomasi's corner measure."""
 
+VOTES = 1.5  # of a view that sees the whole image, next to the labels wanted: views do not find quite the same points
 VOTE_SIGMA = 1.0  # pixels; detections of one point in two views agree to about this
 QUORUM = 0.25  # a pixel that fewer views see counts as seen by this share of them
 
@@ -42,16 +43,20 @@ QUORUM = 0.25  # a pixel that fewer views see counts as seen by this share of th
 class LabelConfig:
     """How detector labels are made; every field is part of a store's provenance.
 
+    Harris corners are the default: of OpenCV's detectors (``tests/benchmarks/bench_detectors.py``, 300 points, images of
+    400 pixels) their adapted labels repeat best within a pixel, under random homographies of photographs (0.63, against
+    0.48 without adaptation) and between the views of the Oxford sequences (0.57, against 0.51), and are the cheapest.
+
     Attributes:
         detector: base detector, one of ``DETECTORS``.
         homographies: random views besides the image itself.
         threshold: least score of a label; 0 to 1.
         nms_radius: of two labels that are this close in both x and y, in pixels, the better one stays.
-        max_keypoints: labels kept, the best of the whole image; a view has as many votes, in proportion to what it sees.
+        max_keypoints: labels kept, the best of the whole image; a view has ``VOTES`` times as many votes.
         border: detections this close to the edge of what a view sees are not believed, in pixels.
     """
 
-    detector: str = "gftt"
+    detector: str = "harris"
     homographies: int = 24
     threshold: float = 0.05
     nms_radius: int = 4
@@ -119,9 +124,9 @@ def adapt(image: np.ndarray, detector: Detector, config: LabelConfig, *, seed: i
 def random_homography(size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
     """A random view of an image of ``size`` = (height, width): float64 [3, 3], pixels of the image -> of the view.
 
-    A centred frame of 0.85 of the image is bent (each corner by up to 0.15 of a half side), scaled by 0.7 to 1.4, turned
-    by up to 60 degrees and moved by up to 0.15 of a half side; it then fills a view of the same size. Milder than the
-    views that the student is trained on, since labels need points that most views can see.
+    A centred frame of 0.85 of the image is bent (each corner by up to 0.15 of a half side), scaled by 0.7 to 1.4,
+    turned by up to 60 degrees and moved by up to 0.15 of a half side; it then fills a view of the same size. Milder
+    than the views that the student is trained on, since labels need points that most views can see.
     """
     corners = np.array([[-1.0, -1.0], [1.0, -1.0], [1.0, 1.0], [-1.0, 1.0]])
     half = np.array([size[1], size[0]]) / 2
@@ -170,9 +175,11 @@ def repeatability(
     common0, common1 = shown(points0[:, :2], homography), shown(points1[:, :2], backward)
     if not len(common0) + len(common1):
         return float("nan")
-    distance0 = KDTree(common1).query(transform(common0, homography))[0] if len(common1) else np.full(len(common0), np.inf)
-    distance1 = KDTree(common0).query(transform(common1, backward))[0] if len(common0) else np.full(len(common1), np.inf)
-    return float(np.mean(np.concatenate([distance0, distance1]) <= radius))
+    if not len(common0) or not len(common1):
+        return 0.0
+    nearest0, _ = KDTree(common1).query(transform(common0, homography))
+    nearest1, _ = KDTree(common0).query(transform(common1, backward))
+    return float(np.mean(np.concatenate([nearest0, nearest1]) <= radius))
 
 
 def _vote(
@@ -181,17 +188,17 @@ def _vote(
     """What one view says about the image's pixels: votes in [0, 1] and visibility 0 or 1, both float32 [H, W]."""
     height, width = image.shape[:2]
     view = cv2.warpPerspective(image, homography, (width, height), borderMode=cv2.BORDER_REFLECT_101)  # no black frame
-    inside = cv2.warpPerspective(np.ones((height, width), np.uint8), homography, (width, height), flags=cv2.INTER_NEAREST)
+    inside = np.ones((height, width), np.uint8)
+    inside = cv2.warpPerspective(inside, homography, (width, height), flags=cv2.INTER_NEAREST)
     reach = 2 * config.border + 1
     inside = cv2.erode(inside, np.ones((reach, reach), np.uint8), borderType=cv2.BORDER_CONSTANT, borderValue=0)
-    visible = cv2.warpPerspective(
-        inside, homography, (width, height), flags=cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP
-    ).astype(np.float32)
+    back = cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP
+    visible = cv2.warpPerspective(inside, homography, (width, height), flags=back).astype(np.float32)
 
     found = detector(view)
     column, row = np.clip(np.rint(found[:, :2]).astype(int), 0, (width - 1, height - 1)).T
-    found = found[inside[row, column] > 0]
-    believed = max(1, round(config.max_keypoints * float(inside.mean())))
+    found = found
+    believed = max(1, round(VOTES * config.max_keypoints * float(inside.mean())))
     found = found[np.argsort(-found[:, 2], kind="stable")[:believed]]
     weight = (1 - np.arange(len(found)) / believed).astype(np.float32)
     column, row = np.rint(transform(found[:, :2], np.linalg.inv(homography))).astype(int).T
@@ -205,7 +212,8 @@ def _vote(
 def _best_maxima(share: np.ndarray, config: LabelConfig) -> np.ndarray:
     """The highest local maxima of a map in [0, 1]: float32 [K, 3] of (x, y, score), best first."""
     radius = config.nms_radius
-    peak = (share == cv2.dilate(share, np.ones((2 * radius + 1, 2 * radius + 1), np.uint8))) & (share >= max(config.threshold, 1e-6))
+    around = cv2.dilate(share, np.ones((2 * radius + 1, 2 * radius + 1), np.uint8))
+    peak = (share == around) & (share >= max(config.threshold, 1e-6))
     row, column = np.nonzero(peak)
     free = np.ones(share.shape, bool)
     kept: list[tuple[float, float, float]] = []

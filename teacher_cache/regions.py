@@ -1,8 +1,8 @@
 """A photograph -> boundary strength -> a tree of regions, from the smallest pieces to the whole image.
 
 The recipe of Arbelaez et al. 2011 (contour detection and hierarchical segmentation) with everything learned left out:
-differences of colour and texture histograms on the two sides of every pixel, a watershed of their strength, and a greedy
-merging of the most alike neighbours, whose cost is the height at which a region dissolves into its parent.
+differences of colour and texture histograms on the two sides of every pixel, a watershed of their strength, and a
+greedy merging of the most alike neighbours, whose cost is the height at which a region dissolves into its parent.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class RegionParameters:
         smoothing: Gaussian blur of the strength before the watershed, in pixels; decides how small pieces are.
         contrast: weight of the difference of two regions' mean colour and texture next to that of their boundary.
         size_exponent, size_scale: a boundary with a region of A pixels on its smaller side costs
-            (A / (A + size_scale x pixels of the image)) ** size_exponent of its strength, so that specks dissolve early.
+            (A / (A + size_scale x pixels of the image)) ** size_exponent of that, so that specks dissolve early.
     """
 
     bins: int = 8
@@ -89,7 +89,8 @@ def measure(image: np.ndarray, parameters: RegionParameters) -> Cues:
         *_soft_bins(green_red, -chroma, chroma, count),
         *_soft_bins(blue_yellow, -chroma, chroma, count),
     ]
-    return Cues(np.ascontiguousarray(np.moveaxis(lab, -1, 0)), np.stack(histogram), _texture(light / 100, parameters.flat))
+    texture = _texture(light / 100, parameters.flat)
+    return Cues(np.ascontiguousarray(np.moveaxis(lab, -1, 0)), np.stack(histogram), texture)
 
 
 def boundary_strength(cues: Cues, parameters: RegionParameters) -> np.ndarray:

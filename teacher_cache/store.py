@@ -13,10 +13,10 @@ import dataclasses
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import zarr
@@ -42,13 +42,6 @@ from samfeat.teacher_cache.schema import (
 )
 
 ZSTD_LEVEL = 3
-
-
-class Problem(NamedTuple):
-    """Something that :meth:`TeacherCache.verify` found: the image (or -1 for the whole store) and what is wrong."""
-
-    image: int
-    text: str
 
 
 class TeacherCache:
@@ -199,6 +192,10 @@ class TeacherCache:
             keypoints=targets.keypoints,
         )
 
+    def stored_digest(self, image: int) -> bytes:
+        """SHA-256 that was stored with an image; :func:`digest` of its record, if nothing has changed."""
+        return self._read("sha256", image).tobytes()
+
     def pair(self, pair: int) -> Pair:
         """The stored correspondences of one pair."""
         if not 0 <= pair < self.spec.pairs:
@@ -258,57 +255,6 @@ class TeacherCache:
         array = self._arrays["masks"]
         key = array.metadata.encode_chunk_key((shard, 0, 0, 0))
         asyncio.run((array.store_path / key).delete())
-
-    # -- checking -----------------------------------------------------------------------------------------------------
-
-    def verify(self) -> Iterator[Problem | int]:
-        """Check the whole store; yields the number of every image when it is through, and every problem found.
-
-        Checked: all shards done; names unique; digests (every stored byte of an image takes part); counts in range;
-        finite values; labels no larger than the number of masks; groups and mask areas agree with the masks; keypoints
-        and correspondences inside their images.
-        """
-        missing = set(self.missing())
-        if missing:
-            yield Problem(-1, f"{len(missing)} of {self.spec.shards} shards are missing: {sorted(missing)[:10]}")
-        names = [name for name in self.names if name]
-        if len(set(names)) != len(names):
-            yield Problem(-1, "image names are not unique")
-        for image in range(len(self)):
-            if image // self.spec.shard_images not in missing and image not in self.failures:
-                try:
-                    yield from (Problem(image, text) for text in self._image_problems(image))
-                except (ValueError, RuntimeError, OSError, KeyError) as error:  # what zarr raises on damaged bytes
-                    yield Problem(image, f"cannot be read: {error}")
-            yield image
-
-    def _image_problems(self, image: int) -> Iterator[str]:
-        stored = self._read("sha256", image).tobytes()
-        count, keypoints = int(self._read("mask_count", image)), int(self._read("keypoint_count", image))
-        if count > MAX_MASKS or keypoints > MAX_KEYPOINTS:
-            yield f"counts out of range: {count} masks, {keypoints} keypoints"
-            return
-        record = self.record(image)
-        pair = self.pair(image // 2) if self.spec.paired else None
-        if digest(record) != stored:
-            yield "the digest differs: the stored bytes have changed since they were written"
-        gifts, (height, width) = record.gifts, self.spec.image_size
-        if not all(np.isfinite(values).all() for values in (gifts.embedding, record.keypoints, gifts.masks.table)):
-            yield "the embedding, the keypoints or the mask table hold NaN or infinity"
-        if gifts.groups.max(initial=0) > count:
-            yield f"groups name mask {gifts.groups.max()}, there are {count}"
-        covered = gifts.masks.stack.any(axis=0) if count else np.zeros((height, width), bool)
-        if not np.array_equal(covered, gifts.groups > 0):
-            yield "groups and masks do not cover the same pixels"
-        if not np.array_equal(gifts.masks.stack.sum(axis=(1, 2)), gifts.masks.table[:, 0]):
-            yield "the areas of the mask table are not those of the masks"
-        if pair is not None:
-            inside = (pair.points >= -0.5) & (pair.points < np.array([width, height]) - 0.5)
-            if not np.isfinite(pair.points).all() or not inside[:, pair.valid].all():
-                yield "a valid correspondence lies outside its image"
-        xy = record.keypoints[:, :2]
-        if ((xy < -0.5) | (xy >= np.array([width, height]) - 0.5)).any():
-            yield "a keypoint lies outside the image"
 
 
 def open_stores(cache: str | Path) -> list[TeacherCache]:

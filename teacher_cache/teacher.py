@@ -75,7 +75,7 @@ class SamTeacher:
     runs in bfloat16 on a GPU and in float32 on the CPU; prompts and masks are float32 on both.
 
     Args:
-        model: ``vit_h`` (the paper's), ``vit_l`` or ``vit_b``.
+        model: ``vit_h``, ``vit_l`` or ``vit_b``.
         checkpoint: file with the weights of that model.
         device: ``auto`` (a GPU where there is one), ``cpu``, ``cuda`` or ``cuda:N``.
         **parameters: fields of :class:`SamParameters`.

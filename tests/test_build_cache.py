@@ -13,7 +13,8 @@ from samfeat.pipelines.build_cache import build_cache, label_detector, make_teac
 from samfeat.student.extractor import SAMFeat
 from samfeat.teacher_cache.keypoints import LabelConfig
 from samfeat.teacher_cache.schema import Provenance
-from samfeat.teacher_cache.store import Problem, TeacherCache
+from samfeat.teacher_cache.store import TeacherCache
+from samfeat.teacher_cache.verify import Problem, verify
 
 
 class Interrupting(ToyTeacher):
@@ -53,7 +54,7 @@ def test_every_image_gets_the_teachers_word_and_its_labels(tmp_path):
             assert (np.diff(record.keypoints[:, 2]) <= 0).all()
         np.testing.assert_array_equal(cache.pair(k).points, item.points)
         np.testing.assert_array_equal(cache.pair(k).valid, item.valid)
-    assert not any(isinstance(found, Problem) for found in cache.verify())
+    assert not any(isinstance(found, Problem) for found in verify(cache))
 
 
 @pytest.mark.parametrize("after", [0, 3, 7, 12, 17])
@@ -110,7 +111,7 @@ def test_a_bad_photo_among_good_ones_is_skipped_and_listed(tmp_path):
     cache = TeacherCache.open(tmp_path / "a.zarr")
     cache.require_complete()
     assert sorted(cache.failures) == [2, 3, 8, 9]
-    assert not any(isinstance(found, Problem) for found in cache.verify())
+    assert not any(isinstance(found, Problem) for found in verify(cache))
     again = build(tmp_path / "a.zarr", ToySource(5, broken=(1, 4)))
     assert (again.written, len(again.failures)) == (0, 4)
 

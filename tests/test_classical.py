@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 import pytest
 from scipy.io import loadmat
+from scipy.stats import rankdata
 from segment_anything.utils.transforms import ResizeLongestSide
 
 from samfeat.teacher_cache.classical import ClassicalTeacher
@@ -61,7 +62,8 @@ def test_each_object_is_a_mask_and_a_group() -> None:
         overlap = (gifts.masks.stack & truth).sum((1, 2)) / (gifts.masks.stack | truth).sum((1, 2))
         assert overlap.max() > 0.9
         groups = np.unique(gifts.groups[truth & inner])
-        assert len(groups) == 1 and groups[0] > 0
+        assert len(groups) == 1
+        assert groups[0] > 0
         found.append(groups[0])
     assert len({*found, *np.unique(gifts.groups[(labels == 0) & inner])}) >= 3
 
@@ -71,9 +73,9 @@ def test_edges_lie_on_the_outlines() -> None:
     edges = teach(image).edges
     outline = (cv2.morphologyEx(labels, cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8)) > 0).astype(np.uint8)
     nearest = cv2.dilate(edges, np.ones((3, 3), np.uint8))
-    assert np.percentile(nearest[outline > 0], 5) > 100
+    assert np.percentile(nearest[outline > 0], 5) > 150
     assert edges[away_from_borders(labels, 6)].mean() < 10
-    assert edges[away_from_borders(labels, 6)].max() < 60
+    assert np.percentile(edges[away_from_borders(labels, 6)], 95) < 40
 
 
 def test_cells_of_one_object_are_alike() -> None:
@@ -126,7 +128,9 @@ def test_any_size_gives_finite_gifts_of_the_promised_shapes(size: tuple[int, int
     assert gifts.masks.stack.shape[1:] == gifts.groups.shape == gifts.edges.shape == size
     assert (gifts.groups.dtype, gifts.edges.dtype) == (np.uint16, np.uint8)
     if flat:
-        assert not len(gifts.masks.stack) and not gifts.edges.any() and not gifts.groups.any()
+        assert not len(gifts.masks.stack)
+        assert not gifts.edges.any()
+        assert not gifts.groups.any()
 
 
 def test_threads_and_repeats_agree_to_the_bit() -> None:
@@ -153,8 +157,10 @@ def test_other_arrays_are_refused(images: np.ndarray) -> None:
 def test_provenance_is_json_and_tells_every_parameter() -> None:
     described = ClassicalTeacher(max_iou=0.5, regions=RegionParameters(bins=7)).provenance()
     assert json.loads(json.dumps(described))["parameters"]["regions"]["bins"] == 7
-    assert described["name"] == "classical" and "no learned weights" in described["kind"]
-    assert described["version"] >= 1 and described["parameters"]["max_iou"] == 0.5
+    assert described["name"] == "classical"
+    assert "no learned weights" in described["kind"]
+    assert described["version"] >= 1
+    assert described["parameters"]["max_iou"] == 0.5
 
 
 def tree_of(image: np.ndarray) -> RegionTree:
@@ -167,13 +173,16 @@ def test_a_tree_is_a_tree() -> None:
     tree = tree_of(scene()[0])
     count = len(tree.parent)
     assert count == 2 * tree.leaves - 1 == 2 * (tree.labels.max() + 1) - 1
-    assert (tree.parent[:-1] > np.arange(count - 1)).all() and tree.parent[-1] == count - 1
+    assert (tree.parent[:-1] > np.arange(count - 1)).all()
+    assert tree.parent[-1] == count - 1
     assert np.array_equal(np.bincount(tree.parent[:-1], minlength=count)[tree.leaves :], np.full(tree.leaves - 1, 2))
-    assert (tree.height[tree.parent] >= tree.height).all() and not tree.height[: tree.leaves].any()
+    assert (tree.height[tree.parent] >= tree.height).all()
+    assert not tree.height[: tree.leaves].any()
     areas = np.bincount(tree.labels.ravel(), minlength=count)
     for region in range(count - 1):
         areas[tree.parent[region]] += areas[region]
-    assert np.array_equal(areas, tree.area) and areas[-1] == tree.labels.size
+    assert np.array_equal(areas, tree.area)
+    assert areas[-1] == tree.labels.size
 
 
 def test_the_strongest_boundary_is_the_last_to_go() -> None:
@@ -190,18 +199,18 @@ def test_the_strongest_boundary_is_the_last_to_go() -> None:
 def test_cells_of_one_human_segment_are_alike() -> None:
     """Margin and ranking of the cosines over photographs that took no part in choosing the parameters."""
     margins, rankings = [], []
-    for path in sorted((BSDS / "images").glob("*.jpg"))[25::4]:
+    for path in sorted((BSDS / "images").glob("*.jpg"))[25::5]:
         embedding = teach(cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB)).embedding
         chosen = np.random.default_rng(0).choice(embedding[0].size, 500, replace=False)
         pairs = np.triu_indices(len(chosen), 1)
         cosine = cosines(embedding)[np.ix_(chosen, chosen)][pairs]
+        ranks = rankdata(cosine)
         for human in loadmat(BSDS / "groundTruth" / f"{path.stem}.mat")["groundTruth"][0]:
             label = label_of_cells(human["Segmentation"][0, 0], embedding.shape[1:])[chosen]
             same = (label[:, None] == label[None])[pairs]
             if same.all():
                 continue
             margins.append(cosine[same].mean() - cosine[~same].mean())
-            order = np.argsort(np.argsort(cosine))[same]
-            rankings.append((order.mean() - (same.sum() - 1) / 2) / (~same).sum())
-    assert np.mean(margins) > 0.5
-    assert np.mean(rankings) > 0.76
+            rankings.append((ranks[same].mean() - (same.sum() + 1) / 2) / (~same).sum())  # area under the ROC curve
+    assert np.mean(margins) > 0.75
+    assert np.mean(rankings) > 0.83

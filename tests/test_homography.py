@@ -175,6 +175,15 @@ def test_targets_under_a_quarter_turn_rotate(targets):
     assert warped.embedding[0].numpy() == pytest.approx(expected, abs=1e-4)
 
 
+def test_targets_between_pixels(targets):
+    warped = warp_targets(**targets, homographies=translation(0.25, 0))
+    assert warped.valid.all()  # the leftmost pixels see the left margin of the source's
+    assert torch.equal(warped.groups, targets["groups"])  # labels are never mixed
+    edges = targets["edges"]
+    assert torch.allclose(warped.edges[..., 1:], 0.75 * edges[..., 1:] + 0.25 * edges[..., :-1], atol=1e-2)
+    assert torch.allclose(warped.edges[..., 0], edges[..., 0], atol=1e-2)
+
+
 def test_the_warped_embedding_agrees_with_its_upsampled_map():
     size, cells = (96, 128), (24, 16)  # different cell sides in x and y
     embedding = F.interpolate(torch.randn(1, 4, 4, 4, generator=seeded()), cells, mode="bicubic", align_corners=False)

@@ -153,8 +153,12 @@ def test_methods_share_a_table_and_a_figure_on_the_same_data_only(tmp_path):
     assert [row.split("|")[1].strip() for row in rows] == ["method", "---", "one", "two"]
     assert (tmp_path / "out" / "mma.png").read_bytes() != single
 
-    write_sequence(tmp_path / "data" / "more", [10, 20])
     method, asked = lookup(FEATURES, "three")
+    np.savetxt(tmp_path / "data" / "wall" / "H_1_2", np.eye(3))
+    with pytest.raises(ValueError, match=r"other data \(one, two\)"):
+        evaluate_hpatches(tmp_path / "data", tmp_path / "out", method=method)
+    np.savetxt(tmp_path / "data" / "wall" / "H_1_2", SHIFT)
+    write_sequence(tmp_path / "data" / "more", [10, 20])
     with pytest.raises(ValueError, match="other data"):
         evaluate_hpatches(tmp_path / "data", tmp_path / "out", method=method)
     assert asked == []

@@ -348,8 +348,8 @@ def test_mean_softplus_by_hand() -> None:
 
 
 def test_every_wsc_form_by_hand_within_the_margin() -> None:
-    # Two equal descriptors in group 1, the opposite one in group 2; M = 0.07, T = 5. The equal pair is nearer than M, so
-    # it counts as M: p = e^(-0.07 / 5); the others are 2 apart: n = e^(-2 / 5).
+    # Equal descriptors in group 1, the opposite one in group 2; M = 0.07, T = 5. The equal pair is nearer than M and
+    # counts as M: p = e^(-0.07 / 5). The others are 2 apart: n = e^(-2 / 5).
     p, n = math.exp(-0.014), math.exp(-0.4)
     # mean_softplus: P = M, N = 2. masked_infonce: points 0 and 1 have one pair of each kind, point 2 no positive one.
     expected = {"mean_softplus": -math.log(p / (p + n)), "masked_infonce": -math.log(p / (p + n))}

@@ -95,10 +95,11 @@ def test_the_tolerance_is_relative():
         np.testing.assert_array_equal(still, valid)
 
 
-def test_hidden_points_are_not_valid():
-    first, second = camera(), camera(translation=(0.3, 0, 0))
-    depth0, depth1 = np.full(SIZE, 10.0), np.full(SIZE, 10.0)
-    depth1[:, 40:80] = 5.0  # something stands in front, in the second view alone
+@pytest.mark.parametrize("unit", [1.0, 1e-3, 1e4])
+def test_hidden_points_are_not_valid(unit):
+    first, second = camera(), camera(translation=(0.3 * unit, 0, 0))
+    depth0, depth1 = np.full(SIZE, 10.0 * unit), np.full(SIZE, 10.0 * unit)
+    depth1[:, 40:80] = 5.0 * unit  # something stands in front, in the second view alone
     points0 = np.stack([np.arange(20, 140), np.full(120, 60)], axis=1)
     points1, valid = correspondences(depth0, depth1, first[0], second[0], between(first, second), points0)
     np.testing.assert_allclose(points1[:, 0], points0[:, 0] + 150 * 0.3 / 10)
@@ -120,7 +121,7 @@ def test_depth_and_way_back_are_both_needed():
 @pytest.mark.parametrize("unknown", [0.0, -1.0, np.nan, np.inf])
 def test_unknown_depth_is_not_valid(unknown):
     depth0, depth1 = np.full(SIZE, 10.0), np.full(SIZE, 10.0)
-    depth0[50, 50], depth1[20, 31] = unknown, unknown
+    depth0[50, 50] = depth1[50, 50] = depth1[20, 31] = unknown
     points0 = np.array(
         [[50, 50], [49.5, 50], [49, 50], [30.5, 20], [30, 20], [32.5, 20.5], [-0.1, 5], [159.5, 5], [159, 119]]
     )
@@ -129,10 +130,9 @@ def test_unknown_depth_is_not_valid(unknown):
 
 
 def test_points_behind_the_second_camera_are_not_valid():
-    turned = camera((0, np.pi, 0))
-    _, valid = correspondences(
-        np.full(SIZE, 10.0), np.full(SIZE, 10.0), *[camera()[0]] * 2, turned[1], np.array([[80, 60]])
-    )
+    depth, turned = np.full(SIZE, 10.0), camera((0, np.pi, 0))
+    points1, valid = correspondences(depth, depth, turned[0], turned[0], turned[1], np.array([[80, 60]]))
+    assert np.isnan(points1).all()
     assert not valid.any()
 
 

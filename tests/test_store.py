@@ -13,7 +13,8 @@ import zarr
 from toys import PROVENANCE, SIZE, toy_record, toy_store
 
 from samfeat.teacher_cache.schema import MAX_MASKS, POINTS, Failure, Provenance, StoreSpec
-from samfeat.teacher_cache.store import Problem, TeacherCache, open_stores
+from samfeat.teacher_cache.store import TeacherCache, open_stores
+from samfeat.teacher_cache.verify import Problem, verify
 
 SPEC = StoreSpec(images=6, paired=True, image_size=SIZE, embedding=(8, 8, 8), shard_images=4)
 
@@ -33,7 +34,7 @@ def filled(path, spec=SPEC) -> TeacherCache:
 
 
 def problems(cache: TeacherCache) -> list[Problem]:
-    return [found for found in cache.verify() if isinstance(found, Problem)]
+    return [found for found in verify(cache) if isinstance(found, Problem)]
 
 
 def test_what_is_written_is_read_back(tmp_path):

@@ -161,15 +161,16 @@ class Chain(SamTeacher):
         yield logits[:1], torch.tensor([0.9])
 
 
-@pytest.mark.parametrize(("threshold", "last_edge"), [(0.6, 0), (0.9, 191)])
+@pytest.mark.parametrize(("threshold", "last_edge"), [(0.6, False), (0.9, True)])
 def test_duplicates_go_within_batches_before_they_go_between_them(
-    toy_sam: Sam, threshold: float, last_edge: int
+    toy_sam: Sam, threshold: float, last_edge: bool
 ) -> None:
     parameters = {**GRID, "points_per_side": 1, "box_nms_thresh": threshold}
     teacher = Chain.from_sam(toy_sam, model="toy", checkpoint_sha256=DIGEST, **parameters)
     edges = teacher(image_of((50, 50))[None])[0].edges
-    assert edges[20, 30] == 191  # right side of the best box
-    assert edges[20, 38] == last_edge  # right side of the third, which the second took along
+    assert edges[20, 30] > 150  # right side of the best box
+    assert (edges[20, 38] > 150) == last_edge  # right side of the third, which the second took along
+    assert edges[20, 24] == 0
 
 
 def test_the_finish_of_the_edges_is_a_parameter(toy_sam: Sam) -> None:
