@@ -59,6 +59,8 @@ class LossConfig:
         positive_weight: lambda of eq. 1.
         detection_form: ``released`` (1e-4 inside the logarithms, which damps a saturated start) or ``paper`` (D18).
         deep_supervision: every detection head is supervised as well, not the fused map alone (D6).
+        descriptor_form: ``triplet`` (eq. 4-6) or ``contrastive`` (cross-entropy over the dot products that are matched).
+        contrastive_temperature: temperature of ``contrastive``.
         descriptor_temperature: T of eq. 6 (D7).
         descriptor_margin: the 1 of eq. 6.
         both_directions: anchors from both images of a pair, not the left one alone (D19).
@@ -79,6 +81,8 @@ class LossConfig:
     positive_weight: float = 200.0
     detection_form: Literal["released", "paper"] = "released"
     deep_supervision: bool = False
+    descriptor_form: Literal["triplet", "contrastive"] = "contrastive"
+    contrastive_temperature: float = 0.1
     descriptor_temperature: float = 15.0
     descriptor_margin: float = 1.0
     both_directions: bool = True

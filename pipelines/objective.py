@@ -6,7 +6,14 @@ from torch import Tensor
 
 from samfeat.pipelines.batches import Batch
 from samfeat.pipelines.config import LossConfig
-from samfeat.student.losses import descriptor_loss, detection_loss, edge_loss, excluded_negatives, wsc_loss
+from samfeat.student.losses import (
+    contrastive_descriptor_loss,
+    descriptor_loss,
+    detection_loss,
+    edge_loss,
+    excluded_negatives,
+    wsc_loss,
+)
 from samfeat.student.network import DenseOutput, Sampling, normalise, resize, sample
 from samfeat.student.relation import feature_distillation_loss, relation_loss
 
@@ -35,11 +42,10 @@ def losses(output: DenseOutput, batch: Batch, config: LossConfig, *, sampling: S
     d0, d1, w0, w1 = descriptors[:pairs], descriptors[pairs:], attention[:pairs], attention[pairs:]
     excluded = excluded_negatives(batch.points[1], batch.valid)
     if config.descriptor:
-        constants = {"temperature": config.descriptor_temperature, "margin": config.descriptor_margin}
-        loss = descriptor_loss(d0, d1, w0, w1, batch.valid, excluded, **constants)
+        loss = _descriptor(d0, d1, w0, w1, batch.valid, excluded, config)
         if config.both_directions:
             reverse = excluded_negatives(batch.points[0], batch.valid)
-            loss = (loss + descriptor_loss(d1, d0, w1, w0, batch.valid, reverse, **constants)) / 2
+            loss = (loss + _descriptor(d1, d0, w1, w0, batch.valid, reverse, config)) / 2
         terms["descriptor"] = loss
 
     if config.relation:
@@ -74,6 +80,24 @@ def losses(output: DenseOutput, batch: Batch, config: LossConfig, *, sampling: S
 def total(terms: dict[str, Tensor], config: LossConfig) -> Tensor:
     """The weighted sum of the terms (eq. 14; the paper's weights are all 1)."""
     return sum((getattr(config, name) * term for name, term in terms.items()), start=next(iter(terms.values())) * 0)
+
+
+def _descriptor(
+    d0: Tensor, d1: Tensor, w0: Tensor, w1: Tensor, valid: Tensor, excluded: Tensor, config: LossConfig
+) -> Tensor:
+    if config.descriptor_form == "contrastive":
+        temperature = config.contrastive_temperature
+        return contrastive_descriptor_loss(d0, d1, w0, w1, valid, excluded, temperature=temperature)
+    return descriptor_loss(
+        d0,
+        d1,
+        w0,
+        w1,
+        valid,
+        excluded,
+        temperature=config.descriptor_temperature,
+        margin=config.descriptor_margin,
+    )
 
 
 def _detection(output: DenseOutput, batch: Batch, config: LossConfig) -> Tensor:

@@ -116,6 +116,36 @@ def descriptor_loss(
     return (weights * hinge).sum(1).mean()
 
 
+def contrastive_descriptor_loss(
+    descriptors0: Float[Tensor, "b n c"],
+    descriptors1: Float[Tensor, "b n c"],
+    attention0: Float[Tensor, "b n"],
+    attention1: Float[Tensor, "b n"],
+    valid: Bool[Tensor, "b n"],
+    excluded: Bool[Tensor, "b n n"],
+    *,
+    temperature: float = 0.1,
+) -> Float[Tensor, ""]:
+    """Cross-entropy of finding the right point of image 1 by the dot products that matching ranks.
+
+    Not in the paper. The triplet loss compares attention-weighted descriptors by their distance, matching by their dot
+    product; this one trains the very numbers that are matched: row i of the similarities y0_i . y1_j / temperature,
+    with y = attention x descriptor, is a softmax over all points j of image 1, and -log of entry i is its loss. Every
+    negative takes part, not the hardest alone, so that it learns from the first step on.
+
+    One direction, as :func:`descriptor_loss`; shapes and ranges are the same.
+
+    Args:
+        descriptors0, descriptors1, attention0, attention1, valid, excluded: see :func:`descriptor_loss`.
+        temperature: of the softmax; the attention learns to sharpen it further where it pays.
+    """
+    similarity = _weighted(descriptors0, attention0) @ _weighted(descriptors1, attention1).mT / temperature
+    positive = torch.eye(similarity.shape[1], dtype=torch.bool, device=similarity.device)
+    logits = similarity.masked_fill(excluded & ~positive, -torch.inf)
+    surprise = logits.logsumexp(2) - similarity.diagonal(dim1=1, dim2=2)
+    return masked_mean(surprise, valid)
+
+
 def wsc_loss(
     descriptors: Float[Tensor, "b n c"],
     attention: Float[Tensor, "b n"],

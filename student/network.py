@@ -265,7 +265,8 @@ class EdgeAttentionGuidance(nn.Module):
         convolutions = (self.query_conv, self.key_conv, self.value_conv)
         query, key, value = (convolution(edge_features).contiguous() for convolution in convolutions)
         if self.kind == "row":  # channels are heads, rows are tokens, a row's pixels are a token's features
-            return F.scaled_dot_product_attention(query, key, value, scale=ROW_ATTENTION_SCALE)
+            scores = ROW_ATTENTION_SCALE * (query @ key.transpose(-1, -2))
+            return scores.softmax(dim=-1).to(value.dtype) @ value
         query, key, value = (x.flatten(2).transpose(1, 2).unsqueeze(1) for x in (query, key, value))
         attended = F.scaled_dot_product_attention(query, key, value, scale=1 / math.sqrt(FEATURE_DIM))
         return attended.squeeze(1).transpose(1, 2).unflatten(2, edge_features.shape[-2:])

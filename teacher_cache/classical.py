@@ -141,8 +141,8 @@ class ClassicalTeacher:
     def _object_likeness(self, cost: np.ndarray) -> np.ndarray:
         """c^2 / (c^2 + even_cost^2) of merging costs c: 0 to 1.
 
-        On photographs with human segmentations this is close to the IoU of a region that dissolves at cost c with the
-        best of the human segments.
+        On photographs with human segmentations it follows the IoU of a region that dissolves at cost c with the best of
+        the human segments: masks have 0.43 and 0.34 on average, with a correlation of 0.4.
         """
         return cost**2 / (cost**2 + self.even_cost**2)
 
@@ -209,7 +209,7 @@ class ClassicalTeacher:
 def _region_features(cues: Cues) -> tuple[np.ndarray, np.ndarray]:
     """What describes a region: Lab (3), texture shares, position in long sides (2), and what each counts in a merge."""
     _, height, width = cues.lab.shape
-    colour = cues.lab * np.float32([0.01, 0.02, 0.02])[:, None, None]
+    colour = cues.lab * np.array([0.01, 0.02, 0.02], np.float32)[:, None, None]
     texture = [cv2.resize(plane, (width, height), interpolation=cv2.INTER_LINEAR) for plane in cues.texture]
     position = np.indices((height, width), np.float32) / max(height, width)
     features = np.concatenate([colour, np.stack(texture), position])

@@ -343,8 +343,7 @@ def _read_npz(path: Path, keys: tuple[str, ...]) -> dict[str, np.ndarray]:
         raise FileNotFoundError(f"{path} is missing; every image needs one in {path.parent.name}/")
     try:
         with np.load(path, allow_pickle=False) as file:
-            missing = [key for key in keys if key not in file]
-            if missing:
+            if missing := [key for key in keys if key not in file]:
                 raise ValueError(f"it lacks {', '.join(missing)}")
             return {key: file[key] for key in keys}
     except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, struct.error) as error:

@@ -39,21 +39,22 @@ def distances(points: np.ndarray, corners: np.ndarray) -> np.ndarray:
     return np.linalg.norm(points[:, None, :2] - corners[None], axis=-1)
 
 
-@pytest.mark.parametrize("detector", ["gftt", "harris"])
-def test_labels_lie_on_the_corners(detector: str) -> None:
+@pytest.mark.parametrize(("detector", "error"), [("gftt", 1.0), ("harris", 1.5)])
+def test_labels_lie_on_the_corners(detector: str, error: float) -> None:
+    """Harris' measure peaks on the brighter side of a corner, about a pixel off."""
     image, corners = checkerboard()
     points = label(image, detector=detector)
     distance = distances(points, corners)
     assert len(points) == len(corners)
-    assert distance.min(axis=0).max() < 1
-    assert distance.min(axis=1).max() < 1
+    assert distance.min(axis=0).max() < error
+    assert distance.min(axis=1).max() < error
 
 
 def test_labels_turn_with_the_image() -> None:
     image, corners = checkerboard()
     turned = cv2.warpPerspective(image, TURN, (160, 160), borderMode=cv2.BORDER_REPLICATE)
     inner = corners[((transform(corners, TURN) > 20) & (transform(corners, TURN) < 140)).all(axis=1)]
-    distance = distances(label(turned, max_keypoints=60), transform(inner, TURN))
+    distance = distances(label(turned, max_keypoints=60, detector="gftt"), transform(inner, TURN))
     assert len(inner) >= 8
     assert distance.min(axis=0).max() < 1.5
 
@@ -82,6 +83,18 @@ def test_points_near_the_frame_are_not_believed() -> None:
     assert (inner[:, :2] >= 5.5).all()
     assert (inner[:, :2] <= (113.5, 83.5)).all()
     assert ((outer[:, :2] < 5.5) | (outer[:, :2] > (113.5, 83.5))).any()
+
+
+def test_points_near_the_frame_take_no_votes() -> None:
+    image = np.full((120, 120, 3), 100, np.uint8)
+    for at in range(4, 120, 12):
+        image[[1, 1, -2, -2], [at, at + 1, at, at + 1]] = image[[at, at + 1, at, at + 1], [1, 1, -2, -2]] = 255
+    centres = np.array([(x, y) for x in (30, 60, 90) for y in (30, 60, 90)])
+    for x, y in centres.tolist():
+        image[y, x] = 150
+    points = label(image, homographies=0, border=8, max_keypoints=9)
+    assert len(points) == 9
+    assert distances(points, centres).min(axis=0).max() < 2
 
 
 def config_and_detector() -> tuple:

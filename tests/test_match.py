@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 from skimage import data
 
+from samfeat.pipelines.draw import draw_matches, inlier_colors
 from samfeat.pipelines.extract import load_method
 from samfeat.pipelines.match import estimate, match_images, mutual_matches
 
@@ -31,6 +32,19 @@ def test_homography_of_two_views(views, tmp_path):
     picture = cv2.imread(summary["picture"])
     assert picture.shape[0] == 512
     assert picture.shape[1] >= 1024
+
+
+def test_inliers_are_drawn_over_outliers(views, tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(
+        "samfeat.pipelines.match.draw_matches", lambda *args, colors: seen.update(colors=colors) or draw_matches(*args)
+    )
+    orb = load_method("orb", max_keypoints=200)
+    summary = match_images(views / "0.png", views / "1.png", tmp_path / "m.png", method=orb)
+    assert (
+        seen["colors"].tolist()
+        == inlier_colors(np.arange(summary["matches"]) >= summary["matches"] - summary["inliers"]).tolist()
+    )
 
 
 def test_without_verification_nothing_is_an_inlier(views):

@@ -71,7 +71,9 @@ def test_never_normalises():
     assert match(features(np.array(query)), features(np.array([strong, close])))["matches"].tolist() == [[0, 0]]
 
 
-def test_of_equal_candidates_the_first_wins():
+@pytest.mark.parametrize("block", [1, 1 << 22])
+def test_of_equal_candidates_the_first_wins(monkeypatch, block):
+    monkeypatch.setattr(matching, "BLOCK_ELEMENTS", block)
     same = np.ones((3, 4), np.float32)
     assert match(features(same), features(same))["matches"].tolist() == [[0, 0]]
 
