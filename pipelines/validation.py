@@ -60,13 +60,15 @@ class Validation:
         self.left, self.right = (views.round().to(torch.uint8) for views in (clean, noisy))
 
     def run(self, network: SAMFeatNetwork, config: Config) -> dict[str, float]:
-        """Figures of a student.
+        """Figures of a student, from its ``max_keypoints`` best keypoints, however unsure of them it still is.
 
         Returns:
             ``mma@1``, ``mma@3``, ``mma@5``: mean share of mutual matches within 1, 3, 5 pixels; ``matches``: mutual
             matches a pair; ``keypoints``: keypoints an image.
         """
-        student = SAMFeat(config.network_preset, network=network, max_keypoints=config.run.max_keypoints)
+        student = SAMFeat(
+            config.network_preset, network=network, max_keypoints=config.run.max_keypoints, detection_threshold=0.0
+        )
         accuracy, matches, keypoints = [], [], []
         for left, right, homography in zip(self.left, self.right, self.homographies.numpy()):
             features = [student.extract(left), student.extract(right)]

@@ -75,7 +75,7 @@ class ExtractionConfig:
 EXTRACTION_PRESETS: dict[str, ExtractionConfig] = {
     "released": ExtractionConfig(max_keypoints=10_000, edge_gain=1.0, subpixel=False),
     "paper": ExtractionConfig(max_keypoints=10_000, subpixel=False),
-    "default": ExtractionConfig(),
+    "default": ExtractionConfig(detection_threshold=0.5),
 }
 
 

@@ -139,7 +139,8 @@ def contrastive_descriptor_loss(
         descriptors0, descriptors1, attention0, attention1, valid, excluded: see :func:`descriptor_loss`.
         temperature: of the softmax; the attention learns to sharpen it further where it pays.
     """
-    similarity = _weighted(descriptors0, attention0) @ _weighted(descriptors1, attention1).mT / temperature
+    with torch.autocast(descriptors0.device.type, enabled=False):  # bf16 cannot tell good matches from better ones
+        similarity = _weighted(descriptors0, attention0) @ _weighted(descriptors1, attention1).mT / temperature
     positive = torch.eye(similarity.shape[1], dtype=torch.bool, device=similarity.device)
     logits = similarity.masked_fill(excluded & ~positive, -torch.inf)
     surprise = logits.logsumexp(2) - similarity.diagonal(dim1=1, dim2=2)

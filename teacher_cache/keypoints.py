@@ -49,7 +49,7 @@ class LabelConfig:
     0.51. No other detector is adapted faster.
 
     Attributes:
-        detector: base detector, one of ``DETECTORS``.
+        detector: name of the base detector: one of ``DETECTORS``, or what the caller calls its own.
         homographies: random views besides the image itself.
         threshold: least score of a label; 0 to 1.
         nms_radius: of two labels that are this close in both x and y, in pixels, the better one stays.
@@ -65,7 +65,6 @@ class LabelConfig:
     border: int = 4
 
     def __post_init__(self) -> None:
-        opencv_detector(self.detector)
         if min(self.homographies, self.nms_radius, self.border) < 0:
             raise ValueError(
                 "homographies, nms_radius and border are at least 0, got "
