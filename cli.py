@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -11,12 +10,40 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
+console = Console(highlight=False)
+errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+USER_ERROR, INTERRUPTED = 2, 130
+
+
+class OneLineErrors(TyperGroup):
+    """Every mistake of the user is one line on stderr and exit code 2; Ctrl-C is exit code 130.
+
+    ``SAMFEAT_TRACEBACK=1`` shows the traceback instead, for reporting a bug.
+    """
+
+    def invoke(self, ctx: typer.Context) -> Any:
+        """Run the chosen command."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            errors.print("interrupted: what is finished is kept, the same command goes on")
+            raise typer.Exit(INTERRUPTED) from None
+        except (ValueError, OSError) as error:
+            if os.environ.get("SAMFEAT_TRACEBACK"):
+                raise
+            errors.print(f"error: {_one_line(error)}", markup=False, style="red")
+            raise typer.Exit(USER_ERROR) from None
+
+
 app = typer.Typer(
+    cls=OneLineErrors,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -25,10 +52,6 @@ app = typer.Typer(
     "The whole way on the embedded sample: [bold]sample[/], [bold]teacher-cache[/], [bold]inspect-cache[/], "
     "[bold]train[/], [bold]evaluate[/], [bold]match[/]. Every command has its own --help.",
 )
-console = Console(highlight=False)
-errors = Console(stderr=True, highlight=False, soft_wrap=True)
-
-USER_ERROR, INTERRUPTED = 2, 130
 
 
 class Method(StrEnum):
@@ -294,23 +317,6 @@ def evaluate(
     console.print(f"{results['features']['mean']:.0f} features an image; tables and figure in [bold]{out}[/]")
 
 
-def main() -> None:
-    """Entry point: every user error is one line on stderr and exit code 2; Ctrl-C is exit code 130.
-
-    ``SAMFEAT_TRACEBACK=1`` shows the traceback instead, for reporting a bug.
-    """
-    try:
-        app(standalone_mode=True)
-    except KeyboardInterrupt:
-        errors.print("interrupted: what is finished is kept, the same command goes on")
-        sys.exit(INTERRUPTED)
-    except (ValueError, OSError) as error:
-        if os.environ.get("SAMFEAT_TRACEBACK"):
-            raise
-        errors.print(f"error: {_one_line(error)}", markup=False, style="red")
-        sys.exit(USER_ERROR)
-
-
 def _one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno is not None:
         import errno
@@ -388,6 +394,11 @@ def _training_line() -> Iterator[Any]:
             )
 
         yield update
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
 
 
 if __name__ == "__main__":

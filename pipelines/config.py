@@ -79,7 +79,7 @@ class LossConfig:
     edge: float = 1.0
     wsc: float = 1.0
     positive_weight: float = 200.0
-    detection_form: Literal["released", "paper"] = "released"
+    detection_form: Literal["released", "paper"] = "paper"
     deep_supervision: bool = False
     descriptor_form: Literal["triplet", "contrastive"] = "contrastive"
     contrastive_temperature: float = 0.1
