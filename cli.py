@@ -28,7 +28,7 @@ class OneLineErrors(TyperGroup):
     ``SAMFEAT_TRACEBACK=1`` shows the traceback instead, for reporting a bug.
     """
 
-    def invoke(self, ctx: typer.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         """Run the chosen command."""
         try:
             return super().invoke(ctx)

@@ -59,7 +59,8 @@ class LossConfig:
         positive_weight: lambda of eq. 1.
         detection_form: ``released`` (1e-4 inside the logarithms, which damps a saturated start) or ``paper`` (D18).
         deep_supervision: every detection head is supervised as well, not the fused map alone (D6).
-        descriptor_form: ``triplet`` (eq. 4-6) or ``contrastive`` (cross-entropy over the dot products that are matched).
+        descriptor_form: ``triplet`` (eq. 4-6) or ``contrastive`` (cross-entropy over the dot products that
+            matching ranks).
         contrastive_temperature: temperature of ``contrastive``.
         descriptor_temperature: T of eq. 6 (D7).
         descriptor_margin: the 1 of eq. 6.
@@ -235,6 +236,6 @@ def _keys(cls: Any, prefix: str = "") -> list[str]:
 def _leaves(config: DictConfig, prefix: str = "") -> list[str]:
     found: list[str] = []
     for key, value in config.items():
-        name = f"{prefix}{key}"
+        name = prefix + str(key)
         found += _leaves(value, f"{name}.") if isinstance(value, DictConfig) else [name]
     return found

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from lightning_fabric import Fabric
 from omegaconf import OmegaConf
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from samfeat.pipelines.batches import Item, RawBatch, epoch_batches, list_items, make_batch, read_ahead, read_batch
@@ -124,12 +125,14 @@ class _Run:
         self.validation = Validation(stores, sorted(shown), config.run)
 
         generator = torch.Generator().manual_seed(config.run.seed)
-        network = SAMFeatNetwork(config.network, generator=generator).to(memory_format=torch.channels_last)
+        self.student = SAMFeatNetwork(config.network, generator=generator)
+        for parameter in self.student.parameters():
+            if parameter.ndim == 4:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         optimiser = torch.optim.Adam(
-            network.parameters(), lr=config.optimiser.learning_rate, weight_decay=config.optimiser.weight_decay
+            self.student.parameters(), lr=config.optimiser.learning_rate, weight_decay=config.optimiser.weight_decay
         )
-        self.network: nn.Module
-        self.network, self.optimiser = self.fabric.setup(network, optimiser)
+        self.network, self.optimiser = self.fabric.setup(self.student, optimiser)
         self.step = 0
         self.first: dict[str, float] = {}
         self.latest: dict[str, float] = {}
@@ -203,7 +206,7 @@ class _Run:
                 epoch, batches = wanted, epoch_batches(self.items, self.batch_size, wanted, self.config.run.seed)
             chosen: list[Item] = batches[number % self.steps_per_epoch]
             rng = np.random.default_rng([self.config.run.seed, number, 1])
-            yield lambda chosen=chosen, rng=rng: read_batch(self.stores, chosen, self.config.data, rng)
+            yield partial(read_batch, self.stores, chosen, self.config.data, rng)
 
     def _one_step(self, raw: RawBatch) -> dict[str, Tensor]:
         number = 0 if self.overfit else self.step
@@ -225,7 +228,7 @@ class _Run:
     def _validate(self) -> dict[str, float]:
         self.network.eval()
         with self.fabric.autocast():
-            figures = self.validation.run(self.network.module, self.config)
+            figures = self.validation.run(self.student, self.config)
         self.network.train()
         self._record({"step": self.step} | {f"validation/{name}": value for name, value in figures.items()})
         draw_curves(self.folder)
@@ -279,7 +282,7 @@ class _Run:
     def _save_weights(self, name: str, figures: dict[str, float]) -> None:
         save_weights(
             self.folder / name,
-            self.network.module,
+            self.student,
             extraction=asdict(EXTRACTION_PRESETS[self.config.network_preset]),
             provenance={
                 "config": self.config.to_dict(),
@@ -336,7 +339,7 @@ def _check_stores(stores: Sequence[TeacherCache]) -> None:
         if (store.spec.image_size, store.spec.embedding) != (first.spec.image_size, first.spec.embedding):
             raise ValueError(
                 f"{store.path.name} has images of {store.spec.image_size} and embeddings of {store.spec.embedding}, "
-                f"{first.path.name} of {first.spec.image_size} and {first.spec.embedding}: train on one of them at a time"
+                f"{first.path.name} of {first.spec.image_size} and {first.spec.embedding}: train on one of them"
             )
 
 

@@ -71,8 +71,8 @@ class Validation:
         )
         accuracy, matches, keypoints = [], [], []
         for left, right, homography in zip(self.left, self.right, self.homographies.numpy()):
-            features = [student.extract(left), student.extract(right)]
-            result = match_accuracy(*features, homography, thresholds=(1, 3, 5))
+            features = student.extract(left), student.extract(right)
+            result = match_accuracy(features[0], features[1], homography, thresholds=(1, 3, 5))
             accuracy.append(result.accuracy)
             matches.append(result.matches)
             keypoints += [len(f["keypoints"]) for f in features]

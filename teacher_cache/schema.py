@@ -65,7 +65,10 @@ class Teacher(Protocol):
     A teacher holds no state between calls and may be called from several threads at once.
     """
 
-    name: str
+    @property
+    def name(self) -> str:
+        """Short name of the kind of teacher."""
+        ...
 
     def provenance(self) -> dict[str, Any]:
         """JSON values that identify the teacher and all of its parameters (checkpoint digest included)."""

@@ -120,7 +120,7 @@ class TeacherCache:
 
     def missing(self) -> list[int]:
         """Shards that are not done yet."""
-        return np.flatnonzero(self._arrays["done"][:] == 0).tolist()
+        return np.flatnonzero(self._values("done") == 0).tolist()
 
     def require_complete(self) -> None:
         """Raise ValueError unless every shard is done."""
@@ -134,17 +134,17 @@ class TeacherCache:
     @cached_property
     def names(self) -> list[str]:
         """Names of all images, in order; empty strings where a shard is missing."""
-        return [str(name) for name in self._arrays["name"][:]]
+        return [str(name) for name in self._values("name")]
 
     @cached_property
     def failures(self) -> dict[int, str]:
         """Images that could not be used, with the reason."""
-        return {i: str(text) for i, text in enumerate(self._arrays["failure"][:]) if text}
+        return {i: str(text) for i, text in enumerate(self._values("failure")) if text}
 
     @cached_property
     def counts(self) -> dict[str, np.ndarray]:
         """Masks and keypoints of every image, int64 [N] each."""
-        return {name: self._arrays[f"{name[:-1]}_count"][:].astype(np.int64) for name in ("masks", "keypoints")}
+        return {name: self._values(f"{name[:-1]}_count").astype(np.int64) for name in ("masks", "keypoints")}
 
     def index(self, name: str) -> int:
         """Number of the image of that name (or of the only name that ends so). Raises ValueError."""
@@ -168,15 +168,18 @@ class TeacherCache:
     def __getitem__(self, image: int) -> Targets:
         count = int(self._read("keypoint_count", image))
         return Targets(
-            *(self._read(name, image) for name in ("image", "embedding", "groups", "edges")),
-            keypoints=self._read("keypoints", image)[:count],
+            self._read("image", image),
+            self._read("embedding", image),
+            self._read("groups", image),
+            self._read("edges", image),
+            self._read("keypoints", image)[:count],
         )
 
     def masks(self, image: int) -> Masks:
         """The overlapping masks of one image."""
         count = int(self._read("mask_count", image))
         used = -(-count // MASK_CHUNK) * MASK_CHUNK
-        stack = unpack(self._arrays["masks"][image, :used], self.spec.image_size[1])[:count]
+        stack = unpack(self._values("masks", (image, slice(used))), self.spec.image_size[1])[:count]
         return Masks(stack, self._read("mask_table", image)[:count])
 
     def record(self, image: int) -> Record:
@@ -200,12 +203,15 @@ class TeacherCache:
         """The stored correspondences of one pair."""
         if not 0 <= pair < self.spec.pairs:
             raise ValueError(f"{self.path.name} has {self.spec.pairs} pairs, there is no pair {pair}")
-        return Pair((2 * pair, 2 * pair + 1), self._arrays["pair_points"][pair], self._arrays["pair_valid"][pair])
+        return Pair((2 * pair, 2 * pair + 1), self._values("pair_points", pair), self._values("pair_valid", pair))
 
     def _read(self, name: str, image: int) -> np.ndarray:
         if not 0 <= image < len(self):
             raise IndexError(f"{self.path.name} has {len(self)} images, there is no image {image}")
-        return np.asarray(self._arrays[name][image])
+        return self._values(name, image)
+
+    def _values(self, name: str, selection: Any = ...) -> np.ndarray:
+        return np.asarray(self._arrays[name][selection])
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
@@ -314,7 +320,7 @@ def _create_array(group: zarr.Group, spec: ArraySpec) -> None:
         dtype=spec.dtype,
         compressors=ZstdCodec(level=ZSTD_LEVEL) if spec.compressed else None,
         dimension_names=spec.dimensions,
-        attributes={"description": spec.description} | ({"unit": spec.unit} if spec.unit else {}),
+        attributes={"description": spec.description, **({"unit": spec.unit} if spec.unit else {})},
     )
 
 
@@ -325,7 +331,7 @@ def _open_array(group: zarr.Group, spec: ArraySpec, path: Path) -> zarr.Array:
     return array
 
 
-def _columns(record: Record | Failure, spec: StoreSpec) -> dict[str, np.ndarray | str]:
+def _columns(record: Record | Failure, spec: StoreSpec) -> dict[str, Any]:
     """The row of each array that describes one image."""
     if isinstance(record, Failure):
         return _columns(_blank(record, spec), spec) | {"failure": record.reason.replace("\n", " ") or "unknown"}
@@ -354,10 +360,10 @@ def _columns(record: Record | Failure, spec: StoreSpec) -> dict[str, np.ndarray 
         "groups": gifts.groups,
         "edges": gifts.edges,
         "keypoints": _padded(record.keypoints, MAX_KEYPOINTS),
-        "keypoint_count": np.uint16(len(record.keypoints)),
+        "keypoint_count": np.array(len(record.keypoints), np.uint16),
         "masks": pack(gifts.masks.stack),
         "mask_table": _padded(gifts.masks.table, MAX_MASKS),
-        "mask_count": np.uint16(len(gifts.masks.stack)),
+        "mask_count": np.array(len(gifts.masks.stack), np.uint16),
         "name": record.name,
         "box": np.array(record.box, np.int32),
         "source_sha256": np.frombuffer(bytes.fromhex(record.source_sha256), np.uint8),

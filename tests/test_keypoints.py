@@ -166,7 +166,6 @@ def test_unknown_names_and_numbers_are_refused() -> None:
     with pytest.raises(ValueError, match=r"'surf'.*gftt"):
         opencv_detector("surf")
     for wrong in (
-        {"detector": "surf"},
         {"homographies": -1},
         {"threshold": 1.5},
         {"max_keypoints": 0},
