@@ -51,7 +51,7 @@ demo: $(READY)  ## the whole mission on the embedded sample, about ten minutes o
 	@echo "$(DEMO)/run/weights.safetensors  the student itself: SAMFeat.from_pretrained(...)"
 
 test: $(READY)  ## run all tests
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest --numprocesses 2 $(ARGS)
 
 sample: $(READY)
 	$(CLI) sample sample

@@ -52,7 +52,8 @@ def mipmap(texture: np.ndarray) -> Mipmap:
     """``texture``, float32 [h, w, 3], followed by its halves down to a few texels."""
     levels = [np.ascontiguousarray(texture, np.float32)]
     while min(levels[-1].shape[:2]) > 8:
-        levels.append(cv2.resize(levels[-1], None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA))
+        half = cv2.resize(levels[-1], None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
+        levels.append(half.astype(np.float32, copy=False))
     return tuple(levels)
 
 

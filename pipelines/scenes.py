@@ -50,8 +50,8 @@ def load_photographs() -> dict[str, np.ndarray]:
     import skimage.data
     import sklearn.datasets
 
-    with matplotlib.cbook.get_sample_data("grace_hopper.jpg") as file:
-        found = {"grace_hopper": read_image(file.read(), name="grace_hopper.jpg")}
+    path = matplotlib.cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)
+    found = {"grace_hopper": read_image(str(path))}
     found["motorcycle"] = skimage.data.stereo_motorcycle()[0]
     for name in ("china", "flower"):
         found[name] = sklearn.datasets.load_sample_image(f"{name}.jpg")

@@ -97,7 +97,7 @@ class TeacherCache:
             group = zarr.open_group(path, mode="r+" if writable else "r")
         except (zarr.errors.GroupNotFoundError, FileNotFoundError, ValueError, KeyError) as error:
             raise ValueError(f"{path} is not a teacher cache: no readable zarr.json in it ({error})") from error
-        attributes = dict(group.attrs)
+        attributes: dict[str, Any] = dict(group.attrs)
         if attributes.get("format") != FORMAT:
             raise ValueError(f"{path} is a zarr group, but not a teacher cache: its format is not {FORMAT!r}")
         if attributes.get("version") != VERSION:
