@@ -106,10 +106,11 @@ class TeacherCache:
                 "rebuild the store, or use the program that wrote it"
             )
         try:
-            values = dict(attributes["spec"])
-            spec = StoreSpec(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
+            listed = attributes["spec"].items()
+            values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in listed}
+            spec = StoreSpec(**values)
             provenance = Provenance(**attributes["provenance"])
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: the store's attributes are damaged ({error}): rebuild it") from error
         return cls(path, group, spec, provenance)
 
