@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import os
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from samfeat.pipelines.live import console, progress_bar, training_line
 
-
-console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 USER_ERROR, INTERRUPTED = 2, 130
@@ -112,7 +108,7 @@ def sample(
     """Write the embedded sample: a small data set with exact geometry, in raw MegaDepth's own layout."""
     from samfeat.pipelines.sample import write_sample
 
-    with _bar("rendering the sample") as bar:
+    with progress_bar("rendering the sample") as bar:
         summary = write_sample(folder, seed=seed, progress=bar)
     console.print(
         f"[bold]{folder}[/]: {summary.images} images of {summary.scenes} scenes, "
@@ -148,12 +144,12 @@ def teacher_cache(
     from samfeat.teacher_cache.keypoints import LabelConfig
 
     source = open_source(data, crop_size=crop_size, pairs_per_scene=pairs_per_scene, seed=seed)
-    with _bar("fetching SAM's checkpoint", bytes_=True) as bar:
+    with progress_bar("fetching SAM's checkpoint", bytes_=True) as bar:
         made = make_teacher(
             teacher.value, checkpoint=checkpoint, downloads=cache / "checkpoints", device=device.value, progress=bar
         )
     path = cache / f"{name or f'{data.resolve().name}-{teacher.value}'}.zarr"
-    with _bar(f"{teacher.value} teacher") as bar:
+    with progress_bar(f"{teacher.value} teacher") as bar:
         summary = build_cache(
             path,
             source,
@@ -195,10 +191,10 @@ def inspect_cache(
         for store in stores:
             console.print(inspect.summary(store))
     if html is not None:
-        with _bar("drawing the gallery") as bar:
+        with progress_bar("drawing the gallery") as bar:
             console.print(inspect.write_gallery(stores, html, images=gallery, progress=bar))
     if verify:
-        with _bar("verifying") as bar:
+        with progress_bar("verifying") as bar:
             problems = inspect.verify(
                 stores, recompute=recompute, checkpoint=checkpoint, report=console.print, progress=bar
             )
@@ -230,7 +226,7 @@ def train(
     from samfeat.pipelines.train import train as run
 
     config = load_config(preset, overrides or [])
-    with _training_line() as line:
+    with training_line() as line:
         summary = run(cache, out, config, resume=resume == "auto", overfit=overfit, progress=line)
     first, last = summary.first, summary.last
     console.print(
@@ -256,7 +252,7 @@ def extract(
     from samfeat.pipelines.extract import extract_folder
 
     chosen = _method(method, weights, max_keypoints, device)
-    with _bar(f"{chosen.name} features") as bar:
+    with progress_bar(f"{chosen.name} features") as bar:
         made = extract_folder(images, output, method=chosen, format=format_.value, progress=bar)
     console.print(f"[bold]{output}[/]: {made}")
 
@@ -307,7 +303,7 @@ def evaluate(
     from samfeat.pipelines.hpatches import evaluate_hpatches
 
     chosen = _method(method, weights, max_keypoints, device)
-    with _bar(f"{chosen.name} features") as bar:
+    with progress_bar(f"{chosen.name} features") as bar:
         results = evaluate_hpatches(data, out, method=chosen, name=name, overwrite=overwrite, progress=bar)
     for subset, curve in results["mma"].items():
         console.print(
@@ -342,58 +338,6 @@ def _must_exist(*paths: Path) -> None:
     for path in paths:
         if not path.exists():
             raise FileNotFoundError(f"{path}: no such file or folder")
-
-
-@contextmanager
-def _bar(title: str, *, bytes_: bool = False) -> Iterator[Any]:
-    """A progress bar with an ETA, as a function of (done, total)."""
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        MofNCompleteColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-    from rich.progress import Progress as Bar
-
-    columns = (DownloadColumn(),) if bytes_ else (MofNCompleteColumn(),)
-    with Bar(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        *columns,
-        TextColumn("elapsed"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-        speed_estimate_period=120,
-    ) as progress:
-        task: Any = None
-
-        def update(done: int, total: int) -> None:
-            nonlocal task
-            if task is None:
-                task = progress.add_task(title, total=total)
-            progress.update(task, completed=done, total=total)
-
-        yield update
-
-
-@contextmanager
-def _training_line() -> Iterator[Any]:
-    """A live line of loss terms, images/s and validation under a bar with an ETA."""
-    with _bar("training") as bar:
-
-        def update(state: Any) -> None:
-            terms = "  ".join(f"{name} {value:.3f}" for name, value in state.terms.items())
-            bar(state.step, state.steps)
-            mma = state.validation.get("mma@3", float("nan"))
-            console.print(
-                f"step {state.step:>6}  {terms}  [dim]{state.images_per_second:.1f} images/s  MMA@3 {mma:.3f}[/]"
-            )
-
-        yield update
 
 
 def main() -> None:
