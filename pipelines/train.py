@@ -122,7 +122,7 @@ class _Run:
         self.steps_per_epoch = len(items) // size
         self.steps = config.optimiser.steps or config.optimiser.epochs * self.steps_per_epoch
         shown = held_out or {(item.store, _first_image(stores, item)) for item in items[: config.run.validation_images]}
-        self.validation = Validation(stores, sorted(shown), config.run)
+        self.validation = Validation(stores, sorted(shown), config.run, config.data.homography)
 
         generator = torch.Generator().manual_seed(config.run.seed)
         self.student = SAMFeatNetwork(config.network, generator=generator)

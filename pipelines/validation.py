@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from samfeat.pipelines.config import Config, RunConfig
-from samfeat.pipelines.homography import photometric, sample_homographies, warp
+from samfeat.pipelines.homography import HomographyConfig, photometric, sample_homographies, warp
 from samfeat.pipelines.hpatches import match_accuracy
 from samfeat.student.extractor import SAMFeat
 from samfeat.student.network import SAMFeatNetwork
@@ -47,15 +47,22 @@ class Validation:
         stores: the stores.
         images: (store, image) to take the pairs from, evenly.
         config: how many images and pairs, how many keypoints, the seed.
+        homography: the distribution that training draws from as well.
     """
 
-    def __init__(self, stores: Sequence[TeacherCache], images: Sequence[tuple[int, int]], config: RunConfig) -> None:
+    def __init__(
+        self,
+        stores: Sequence[TeacherCache],
+        images: Sequence[tuple[int, int]],
+        config: RunConfig,
+        homography: HomographyConfig,
+    ) -> None:
         picked = [images[i] for i in np.linspace(0, len(images) - 1, config.validation_pairs).round().astype(int)]
         generator = torch.Generator().manual_seed(config.seed + 1)
         clean = torch.from_numpy(np.stack([stores[store][image].image for store, image in picked]))
         clean = clean.permute(0, 3, 1, 2).float()
         size = (clean.shape[-2], clean.shape[-1])
-        self.homographies = sample_homographies(len(clean), size, generator=generator)
+        self.homographies = sample_homographies(len(clean), size, generator=generator, config=homography)
         noisy = photometric(warp(clean, self.homographies), generator=generator, probability=1.0)
         self.left, self.right = (views.round().to(torch.uint8) for views in (clean, noisy))
 

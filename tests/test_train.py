@@ -198,7 +198,7 @@ def test_validation_scores_an_untrained_student_and_a_trivial_pair(cache):
     from samfeat.teacher_cache.store import open_stores
 
     chosen = config()
-    validation = Validation(open_stores(cache), [(0, 0), (0, 5)], chosen.run)
+    validation = Validation(open_stores(cache), [(0, 0), (0, 5)], chosen.run, chosen.data.homography)
     network = SAMFeatNetwork(PRESETS["default"], generator=torch.Generator().manual_seed(0))
     figures = validation.run(network, chosen)
     assert 0 < figures["keypoints"] <= chosen.run.max_keypoints
