@@ -10,6 +10,7 @@ import hashlib
 import os
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -216,11 +217,11 @@ def build_cache(
     missing = cache.missing()
     job = _Job(cache, source, teacher, labels, label_detector(labels.detector), seed, _Counter(spec, missing, progress))
     tasks = [dask.delayed(job.shard, pure=False)(shard) for shard in missing]
-    try:
-        dask.compute(*tasks, scheduler="threads", num_workers=workers or os.cpu_count() or 1)
-    except BaseException:
-        job.stop.set()
-        raise
+    with ThreadPoolExecutor(workers or os.cpu_count() or 1, thread_name_prefix="samfeat-shard") as pool:
+        try:
+            dask.compute(*tasks, scheduler="threads", pool=pool)
+        finally:
+            job.stop.set()  # leaving the pool waits for its threads: nothing is written after this function has ended
     cache = TeacherCache.open(path)
     failures = [(cache.names[image], reason) for image, reason in cache.failures.items()]
     return BuildSummary(cache.path, len(cache), sum(len(spec.shard_range(shard)) for shard in missing), failures)
