@@ -254,7 +254,13 @@ def extract(
     chosen = _method(method, weights, max_keypoints, device)
     with progress_bar(f"{chosen.name} features") as bar:
         made = extract_folder(images, output, method=chosen, format=format_.value, progress=bar)
-    console.print(f"[bold]{output}[/]: {made}")
+    console.print(
+        f"[bold]{output}[/]: features of {len(made.written)} images written, of {len(made.skipped)} there before"
+    )
+    if made.failed:
+        for failed, reason in made.failed.items():
+            errors.print(f"skipped {failed}: {reason}", markup=False)
+        raise ValueError(f"{len(made.failed)} images could not be read; the features of all others are written")
 
 
 @app.command("match")

@@ -145,7 +145,8 @@ def teacher_of(provenance: Provenance, *, checkpoint: Path | None = None) -> Tea
         from samfeat.teacher_cache.teacher import SamParameters, SamTeacher
 
         parameters = {entry.name: described[entry.name] for entry in fields(SamParameters)}
-        teacher = SamTeacher(described["model"], checkpoint=checkpoint, **parameters)
+        precision = described["precision"]
+        teacher = SamTeacher(described["model"], checkpoint=checkpoint, precision=precision, **parameters)
     given = Provenance(teacher.provenance(), provenance.source, provenance.labels, provenance.seed)
     differences = provenance.differences(given)
     if differences:

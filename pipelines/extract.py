@@ -25,7 +25,6 @@ from samfeat.teacher_cache.images import IMAGE_SUFFIXES, read_image
 METHODS = ("samfeat", "sift", "orb")
 FORMATS = ("hloc", "d2net")
 OPENCV_KEYPOINTS = 10_000
-SUFFIXES = IMAGE_SUFFIXES | {".ppm", ".pgm"}
 
 Features = dict[str, np.ndarray]
 Progress = Callable[[int, int], None]
@@ -192,9 +191,9 @@ def extract_folder(
 def list_images(images: Path) -> dict[str, Path]:
     """Paths by name (relative, with forward slashes) of a folder's images, or of a list's, in order."""
     if images.is_dir():
-        found = sorted(path for path in images.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+        found = sorted(path for path in images.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
         if not found:
-            raise ValueError(f"{images} holds no image: put {', '.join(sorted(SUFFIXES))} files there")
+            raise ValueError(f"{images} holds no image: put {', '.join(sorted(IMAGE_SUFFIXES))} files there")
         return {path.relative_to(images).as_posix(): path for path in found}
     if not images.exists():
         raise FileNotFoundError(f"{images} does not exist: give a folder of images, or a text file that lists them")

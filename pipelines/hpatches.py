@@ -17,8 +17,9 @@ import torch
 
 from samfeat.pipelines.draw import mma_figure
 from samfeat.pipelines.evaluate import collect_results, predict, write_results, write_table
-from samfeat.pipelines.extract import SUFFIXES, Method, Progress
+from samfeat.pipelines.extract import Method, Progress
 from samfeat.pipelines.match import mutual_matches
+from samfeat.teacher_cache.images import IMAGE_SUFFIXES
 
 THRESHOLDS = tuple(range(1, 11))
 SUBSETS = {"i_": "illumination", "v_": "viewpoint"}
@@ -127,7 +128,7 @@ def find_sequences(folder: str | Path) -> list[PlanarSequence]:
 def _read_sequence(folder: Path) -> PlanarSequence:
     images: dict[int, Path] = {}
     for path in sorted(folder.iterdir()):
-        if path.stem.isdecimal() and path.suffix.lower() in SUFFIXES:
+        if path.stem.isdecimal() and path.suffix.lower() in IMAGE_SUFFIXES:
             number = int(path.stem)
             if number in images:
                 raise ValueError(f"{folder} holds {images[number].name} and {path.name}: keep one image {number}")

@@ -23,7 +23,8 @@ __all__ = ["open_stores", "picture_of_image", "picture_of_pair", "summary", "ver
 
 SHOWN_MATCHES = 80
 RELATIVE_TOLERANCE = 2e-3  # half precision keeps about three digits
-THUMBNAIL = 256  # pixels, the side of a gallery picture
+THUMBNAIL = 320  # pixels, the side of a gallery picture
+DRAWN = 320  # pixels, the least side of an image before anything is drawn over it
 
 
 def summary(store: TeacherCache) -> Table:
@@ -196,19 +197,28 @@ def _compare(stored: Gifts, again: Gifts) -> tuple[str, bool]:
 
 def _tiles(record: Record) -> list[tuple[str, np.ndarray]]:
     gifts, (height, width) = record.gifts, record.image.shape[:2]
-    embedding = cv2.resize(
-        pca_rgb(gifts.embedding.astype(np.float32)), (width, height), interpolation=cv2.INTER_NEAREST
-    )
+    factor = _enlargement(record.image)
+    size = (width * factor, height * factor)
+    image = _enlarged(record.image, factor)
+    embedding = cv2.resize(pca_rgb(gifts.embedding.astype(np.float32)), size, interpolation=cv2.INTER_NEAREST)
+    groups = cv2.resize(gifts.groups.astype(np.float64), size, interpolation=cv2.INTER_NEAREST).astype(np.int64)
+    labels = (record.keypoints[:, :2] + 0.5) * factor - 0.5
     return [
-        ("image", record.image),
+        ("image", image),
         ("embedding (PCA)", embedding),
-        (f"groups ({len(gifts.masks.stack)} masks)", color_groups(gifts.groups, record.image)),
+        (f"groups ({len(gifts.masks.stack)} masks)", color_groups(groups, image)),
         ("edges", color_map(gifts.edges, "gray", low=0, high=255)),
-        (
-            f"{len(record.keypoints)} labels",
-            draw_keypoints(record.image, record.keypoints[:, :2], record.keypoints[:, 2]),
-        ),
+        (f"{len(record.keypoints)} labels", draw_keypoints(image, labels, record.keypoints[:, 2])),
     ]
+
+
+def _enlargement(image: np.ndarray) -> int:
+    """Whole factor that makes room for circles and lines on small images."""
+    return -(-DRAWN // min(image.shape[:2]))
+
+
+def _enlarged(image: np.ndarray, factor: int) -> np.ndarray:
+    return cv2.resize(image, None, fx=factor, fy=factor, interpolation=cv2.INTER_CUBIC)
 
 
 def _correspondences(store: TeacherCache, pair: int) -> np.ndarray:
@@ -217,7 +227,9 @@ def _correspondences(store: TeacherCache, pair: int) -> np.ndarray:
     some = _evenly(list(range(points.shape[1])), SHOWN_MATCHES)
     colors = color_map(np.arange(max(1, len(some)))[None], "hsv")[0][: len(some)]
     image0, image1 = (store[image].image for image in found.images)
-    return draw_matches(image0, image1, points[0, some], points[1, some], colors=colors)
+    factor = _enlargement(image0)
+    drawn = (points[:, some] + 0.5) * factor - 0.5
+    return draw_matches(_enlarged(image0, factor), _enlarged(image1, factor), *drawn, colors=colors)
 
 
 def _find(stores: Sequence[TeacherCache], name: str) -> tuple[TeacherCache, int]:
@@ -283,7 +295,7 @@ body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 88re
 h2 { margin-top: 2.5rem; } h3 { font: 600 13px ui-monospace, monospace; margin: 1.6rem 0 .3rem; }
 p { color: #555; font-size: 13px; } .row { display: flex; flex-wrap: wrap; gap: 10px; }
 figure { margin: 0; } figure img { display: block; width: 250px; border-radius: 3px; }
-figure.wide img { width: 510px; } figcaption { font-size: 12px; color: #555; margin-top: 3px; }
+figure.wide img { width: 640px; } figcaption { font-size: 12px; color: #555; margin-top: 3px; }
 </style>
 <h1>Teacher cache</h1>
 {body}

@@ -24,7 +24,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from samfeat.teacher_cache.schema import POINTS
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp"})
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".ppm", ".pgm"})
 MAX_PIXELS = 80_000_000  # below Pillow's own alarm; 240 MB once decoded
 SMALLEST = 0.25  # photographs that must be enlarged by more than 1 / SMALLEST are refused
 

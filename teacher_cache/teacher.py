@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -26,6 +26,8 @@ from samfeat.teacher_cache.schema import Gifts, Masks
 if TYPE_CHECKING:
     from segment_anything import SamPredictor
     from segment_anything.modeling import Sam
+
+Precision = Literal["auto", "float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -71,13 +73,14 @@ class SamParameters:
 class SamTeacher:
     """SAM as a :class:`~samfeat.teacher_cache.schema.Teacher`.
 
-    Calls from several threads are served one after the other: the model knows one image at a time. The image encoder
-    runs in bfloat16 on a GPU and in float32 on the CPU; prompts and masks are float32 on both.
+    Calls from several threads are served one after the other: the model knows one image at a time.
 
     Args:
         model: ``vit_h``, ``vit_l`` or ``vit_b``.
         checkpoint: file with the weights of that model.
         device: ``auto`` (a GPU where there is one), ``cpu``, ``cuda`` or ``cuda:N``.
+        precision: of the image encoder, ``float32`` or ``bfloat16``; ``auto`` is bfloat16 on a GPU and float32 on the
+            CPU. Prompts and masks are float32 always.
         **parameters: fields of :class:`SamParameters`.
 
     Raises:
@@ -89,27 +92,38 @@ class SamTeacher:
     name = "sam"
 
     def __init__(
-        self, model: str = "vit_h", *, checkpoint: str | Path, device: str = "auto", **parameters: Any
+        self,
+        model: str = "vit_h",
+        *,
+        checkpoint: str | Path,
+        device: str = "auto",
+        precision: Precision = "auto",
+        **parameters: Any,
     ) -> None:
         settings, target = SamParameters(**parameters), _device(device)
         sam, digest = load_sam(Path(checkpoint), model=model)
-        self._hold(sam.to(target), model, digest, settings)
+        self._hold(sam.to(target), model, digest, precision, settings)
 
     @classmethod
-    def from_sam(cls, sam: Sam, *, model: str, checkpoint_sha256: str, **parameters: Any) -> SamTeacher:
+    def from_sam(
+        cls, sam: Sam, *, model: str, checkpoint_sha256: str, precision: Precision = "auto", **parameters: Any
+    ) -> SamTeacher:
         """A teacher around a network that is already built, on the device where it lies.
 
         Args:
             sam: any ``segment_anything.modeling.Sam``.
             model: what the provenance calls it.
             checkpoint_sha256: digest that identifies its weights in the provenance.
+            precision: see :class:`SamTeacher`.
             **parameters: fields of :class:`SamParameters`.
         """
         teacher = cls.__new__(cls)
-        teacher._hold(sam, model, checkpoint_sha256, SamParameters(**parameters))
+        teacher._hold(sam, model, checkpoint_sha256, precision, SamParameters(**parameters))
         return teacher
 
-    def _hold(self, sam: Sam, model: str, checkpoint_sha256: str, parameters: SamParameters) -> None:
+    def _hold(
+        self, sam: Sam, model: str, checkpoint_sha256: str, precision: Precision, parameters: SamParameters
+    ) -> None:
         from segment_anything import SamAutomaticMaskGenerator
         from segment_anything.utils.amg import build_point_grid
 
@@ -126,8 +140,9 @@ class SamTeacher:
             stability_score_offset=parameters.stability_score_offset,
             box_nms_thresh=parameters.box_nms_thresh,
         )
-        self._generator.predictor = self._predictor = _one_pass_predictor(sam)
-        precision = "bfloat16" if sam.device.type == "cuda" else "float32"
+        if precision == "auto":
+            precision = "bfloat16" if sam.device.type == "cuda" else "float32"
+        self._generator.predictor = self._predictor = _one_pass_predictor(sam, half=precision == "bfloat16")
         self._identity = {"model": model, "checkpoint_sha256": checkpoint_sha256, "precision": precision}
 
     def provenance(self) -> dict[str, Any]:
@@ -271,7 +286,7 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _one_pass_predictor(sam: Sam) -> SamPredictor:
+def _one_pass_predictor(sam: Sam, *, half: bool) -> SamPredictor:
     """A predictor that still knows its image after the mask generator is done with it, so that one pass serves all."""
     from segment_anything import SamPredictor
 
@@ -283,8 +298,8 @@ def _one_pass_predictor(sam: Sam) -> SamPredictor:
             """Keep the image until the next one is set; the generator would forget it here."""
 
         def set_torch_image(self, transformed_image: Tensor, original_image_size: tuple[int, ...]) -> None:
-            """Encode in bfloat16 on a GPU; the rest, positional codes above all, needs float32."""
-            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
+            """Encode in bfloat16 where wanted; the rest, positional codes above all, needs float32."""
+            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half):
                 super().set_torch_image(transformed_image, original_image_size)
             self.features = self.features.float()
 

@@ -115,6 +115,10 @@ def test_photographs_to_matches(run, tmp_path):
     assert (code, Image.open(tmp_path / "matches.png").width >= 200) == (0, True), err
     code, out, err = run("extract", "photos", "features.h5", "--weights", weights)
     assert (code, (tmp_path / "features.h5").exists()) == (0, True), err
+    assert "6 images written" in out
+    (tmp_path / "photos" / "6.png").write_bytes(b"")
+    code, out, err = run("extract", "photos", "features.h5", "--weights", weights)
+    assert (code, "6 there before" in out, "6.png" in err) == (2, True, True), err
 
 
 def test_pairs_are_drawn_and_missing_ones_named(run, fails, tmp_path):
