@@ -118,8 +118,8 @@ def sample(
 
 @app.command("teacher-cache")
 def teacher_cache(
-    data: Annotated[Path, typer.Option(help="Raw MegaDepth, MTLDesc's released set, or any folder of photographs.")],
-    cache: Annotated[Path, typer.Option(help="Folder for the store; other stores in it stay.")] = Path("teacher_cache"),
+    data: Annotated[str, typer.Option(help="Raw MegaDepth, MTLDesc's released set, or any folder of photographs.")],
+    cache: Annotated[str, typer.Option(help="Folder for the store; other stores in it stay.")] = "teacher_cache",
     name: Annotated[str | None, typer.Option(help="Name of the store; by default <data>-<teacher>.")] = None,
     teacher: Annotated[
         TeacherName, typer.Option(help="classical needs no weights and no GPU.")
@@ -135,29 +135,66 @@ def teacher_cache(
         str | None, typer.Option(help="Base detector of the keypoint labels: sift, gftt, ... or a student's weights.")
     ] = None,
     device: DeviceOption = Device.auto,
-    workers: Annotated[int | None, typer.Option(min=1, help="Shards in flight; by default one a processor.")] = None,
     shard_images: Annotated[int, typer.Option(min=2, help="Images of a shard, the unit that is done or not.")] = 32,
     seed: Annotated[int, typer.Option(help="Seed of crops, pairs and label homographies.")] = 0,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Shards in flight in each process; by default one a processor, or 2.")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=0, help="Worker processes on this machine.")] = 0,
+    devices: Annotated[str, typer.Option(help="GPUs of this machine, such as 0,1,2: one worker process each.")] = "",
+    scheduler: Annotated[
+        str | None, typer.Option(help="A running Dask scheduler, such as tcp://10.0.0.1:8786.")
+    ] = None,
+    shard: Annotated[
+        str, typer.Option(help="K/N: make the K-th of N parts; N such runs, anywhere, fill one store.")
+    ] = "1/1",
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first image that cannot be used.")] = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Check what is stored, and make damaged or skipped images again.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Measure a few images and say what a run would take.")
+    ] = False,
 ) -> None:
-    """Stage one: run the teacher over images and store what it sees. Run again to go on after an interruption."""
-    from samfeat.pipelines.build_cache import build_cache, make_teacher, open_source
+    """Stage one: run the teacher over images and store what it sees. Run again to go on after an interruption.
+
+    DATA and CACHE may be URLs, such as s3://bucket/folder.
+    """
+    from samfeat.pipelines.build_cache import build_cache, make_teacher, open_source, parse_part
+    from samfeat.pipelines.cluster import Workers
+    from samfeat.pipelines.plan import make_plan
     from samfeat.teacher_cache.keypoints import LabelConfig
 
+    part = parse_part(shard)
+    crew = Workers(threads, processes=workers, devices=tuple(filter(None, devices.split(","))), scheduler=scheduler)
     source = open_source(data, crop_size=crop_size, pairs_per_scene=pairs_per_scene, seed=seed)
     with progress_bar("fetching SAM's checkpoint", bytes_=True) as bar:
         made = make_teacher(
-            teacher.value, checkpoint=checkpoint, downloads=cache / "checkpoints", device=device.value, progress=bar
+            teacher.value,
+            checkpoint=checkpoint,
+            downloads=Path("" if "://" in cache else cache) / "checkpoints",
+            device=device.value,
+            progress=bar,
         )
-    path = cache / f"{name or f'{data.resolve().name}-{teacher.value}'}.zarr"
-    with progress_bar(f"{teacher.value} teacher") as bar:
+    folder = Path(data.rpartition("://")[2]).resolve().name
+    path = f"{cache.rstrip('/')}/{name or f'{folder}-{teacher.value}'}.zarr"
+    chosen = LabelConfig(detector=labels) if labels else LabelConfig()
+    if dry_run:
+        console.print(str(make_plan(path, source, made, labels=chosen, shard_images=shard_images)))
+        return
+    with progress_bar(f"{teacher.value} teacher", rate="images/s") as bar:
         summary = build_cache(
             path,
             source,
             made,
-            labels=LabelConfig(detector=labels) if labels else LabelConfig(),
+            labels=chosen,
             seed=seed,
             shard_images=shard_images,
-            workers=workers,
+            workers=crew,
+            part=part,
+            strict=strict,
+            repair=repair,
+            report=console.print,
             progress=bar,
         )
     console.print(f"[bold]{summary.path}[/]: {summary.images} images, {summary.written} of them written now")
@@ -169,7 +206,7 @@ def teacher_cache(
 
 @app.command("inspect-cache")
 def inspect_cache(
-    cache: Annotated[Path, typer.Argument(help="The cache folder, or one store.")] = Path("teacher_cache"),
+    cache: Annotated[str, typer.Argument(help="The cache folder, or one store; may be a URL.")] = "teacher_cache",
     image: Annotated[str | None, typer.Option(help="Show one image: its name, or a part of it.")] = None,
     pair: Annotated[int | None, typer.Option(help="Show one pair, by number.")] = None,
     out: Annotated[Path, typer.Option(help="Picture that --image and --pair write.")] = Path("inspect.png"),
@@ -201,7 +238,9 @@ def inspect_cache(
         if problems:
             for problem in problems[:50]:
                 errors.print(problem, markup=False)
-            raise ValueError(f"{len(problems)} problems found: delete the store and build it again")
+            raise ValueError(
+                f"{len(problems)} problems found: the teacher-cache command that made it, with --repair, mends them"
+            )
         console.print("[green]verified[/]: everything in order")
 
 
@@ -210,7 +249,7 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Configuration changes, such as optimiser.batch_size=4 losses.wsc=0.")
     ] = None,
-    cache: Annotated[Path, typer.Option(help="The cache folder, or one store.")] = Path("teacher_cache"),
+    cache: Annotated[str, typer.Option(help="The cache folder, or one store; may be a URL.")] = "teacher_cache",
     out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/default"),
     preset: Annotated[str, typer.Option(help="default, paper, released, sample, or a .yaml file.")] = "default",
     resume: Annotated[str, typer.Option(help="auto goes on from the run's checkpoint where there is one.")] = "never",
@@ -221,7 +260,8 @@ def train(
     """Stage two: train the student from cached targets. Ctrl-C saves; --resume auto goes on."""
     if resume not in ("never", "auto"):
         raise ValueError(f"--resume {resume}: choose never or auto")
-    _must_exist(cache)
+    if "://" not in cache:
+        _must_exist(Path(cache))
     from samfeat.pipelines.config import load_config
     from samfeat.pipelines.train import train as run
 
@@ -283,8 +323,10 @@ def match_command(
     chosen = _method(method, weights, max_keypoints, device)
     found = match_images(image0, image1, out, method=chosen, verify=verify.value)
     kept = "" if found["inliers"] is None else f", [bold]{found['inliers']}[/] of them agree with one {verify.value}"
+    drawn = f" ({found['drawn']} drawn)" if found["drawn"] < found["matches"] else ""
     console.print(
-        f"{found['keypoints0']} and {found['keypoints1']} keypoints, {found['matches']} mutual matches{kept} -> {out}"
+        f"{found['keypoints0']} and {found['keypoints1']} keypoints, {found['matches']} mutual matches{kept} "
+        f"-> {out}{drawn}"
     )
 
 

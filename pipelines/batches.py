@@ -1,12 +1,13 @@
 """Cached targets -> training batches.
 
-Reading happens in threads, on uint8 and half-precision arrays as stored; widening, homographies, photometric noise and
-the warping of targets happen in batches on the device. Every draw follows from (seed, step), so a resumed run repeats
-nothing and skips nothing.
+Reading happens in threads, from the files straight into the batch, in the types that are stored; widening,
+homographies, photometric noise and the warping of targets happen in batches on the device. Every draw follows from
+(seed, step), so a resumed run repeats nothing and skips nothing.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,10 +20,13 @@ from torch import Tensor
 
 from samfeat.pipelines.config import DataConfig
 from samfeat.pipelines.homography import photometric, rasterise, sample_homographies, warp, warp_points, warp_targets
+from samfeat.teacher_cache.reader import empty_targets
 from samfeat.teacher_cache.schema import MAX_KEYPOINTS, POINTS, Targets
 from samfeat.teacher_cache.store import TeacherCache
 
 PREFETCHED = 2  # batches that wait for the step
+GRID = math.isqrt(POINTS - 1) + 1  # side of the least square grid with a cell for every point
+CELLS = np.stack(np.meshgrid(np.arange(GRID), np.arange(GRID)), axis=-1).reshape(-1, 2)  # (x, y)
 
 
 @dataclass(frozen=True)
@@ -42,15 +46,18 @@ class Item:
 
 
 class RawBatch(NamedTuple):
-    """A batch as read, on the host. Side 0 is left, side 1 right; for synthetic items both sides are the same image.
+    """A batch as read, on the host: M images, and B items that name two of them each.
 
     Attributes:
-        images: uint8 [2, B, H, W, 3].
-        embedding: float16 [2, B, C, h, w].
-        groups: int32 [2, B, H, W].
-        edges: uint8 [2, B, H, W].
-        keypoints: float32 [2, B, K, 2], (x, y).
-        keypoint_mask: bool [2, B, K].
+        images: uint8 [M, H, W, 3].
+        embedding: int8 [M, C, h, w], in units of ``embedding_scale``.
+        embedding_scale: float32 [M, h, w].
+        groups: int16 [M, H, W].
+        edges: uint8 [M, H, W].
+        keypoints: float32 [M, K, 2], (x, y).
+        keypoint_mask: bool [M, K].
+        sides: int64 [2, B], rows of the arrays above: the left and the right image of each item; both sides of a
+            synthetic item are the same image.
         points: float32 [2, B, n, 2], correspondences (x, y); side 1 is meaningless for synthetic items.
         valid: bool [B, n].
         synthetic: bool [B].
@@ -58,10 +65,12 @@ class RawBatch(NamedTuple):
 
     images: Tensor
     embedding: Tensor
+    embedding_scale: Tensor
     groups: Tensor
     edges: Tensor
     keypoints: Tensor
     keypoint_mask: Tensor
+    sides: Tensor
     points: Tensor
     valid: Tensor
     synthetic: Tensor
@@ -125,11 +134,47 @@ def epoch_batches(items: Sequence[Item], batch_size: int, epoch: int, seed: int)
 def read_batch(
     stores: Sequence[TeacherCache], items: Sequence[Item], data: DataConfig, rng: np.random.Generator
 ) -> RawBatch:
-    """Read the items of one batch from their stores."""
-    rows = [_read(stores[item.store], item, data, rng) for item in items]
-    stacked = [torch.from_numpy(np.stack(column)) for column in zip(*rows)]
-    sided = [column.transpose(0, 1) if column.ndim > 2 else column for column in stacked[:-2]]
-    return RawBatch(*sided, *stacked[-2:])
+    """Read the items of one batch from their stores, every image once.
+
+    Raises:
+        ValueError: a store is damaged.
+    """
+    synthetic = np.array([item.kind == "synthetic" for item in items])
+    targets = empty_targets(stores[items[0].store].spec, int((2 - synthetic).sum()))
+    counts = np.empty(len(targets.image), np.int64)
+    sides = np.empty((2, len(items)), np.int64)
+    points = np.empty((2, len(items), POINTS, 2), np.float32)
+    valid = np.ones((len(items), POINTS), bool)
+    row = 0
+    for place, item in enumerate(items):
+        store = stores[item.store]
+        if item.kind == "real":
+            pair = store.pair(item.index)
+            images, points[:, place], valid[place] = list(pair.images), pair.points, pair.valid
+        else:
+            images = [2 * item.index + int(rng.integers(2)) if store.spec.paired else item.index]
+        sides[:, place] = row, row + len(images) - 1
+        for image in images:
+            view = Targets(*(array[row] for array in targets))
+            counts[row] = store.read_into(image, view)
+            row += 1
+        if item.kind == "synthetic":
+            view = view._replace(keypoints=view.keypoints[: counts[row - 1]])
+            points[:, place] = descriptor_points(view, data, rng)
+    stored = np.arange(MAX_KEYPOINTS) < counts[:, None]
+    return RawBatch(
+        images=torch.from_numpy(targets.image),
+        embedding=torch.from_numpy(targets.embedding),
+        embedding_scale=torch.from_numpy(targets.embedding_scale),
+        groups=torch.from_numpy(targets.groups.view(np.int16)),
+        edges=torch.from_numpy(targets.edges),
+        keypoints=torch.from_numpy(targets.keypoints)[..., :2],
+        keypoint_mask=torch.from_numpy(stored & (targets.keypoints[..., 2] >= data.label_threshold)),
+        sides=torch.from_numpy(sides),
+        points=torch.from_numpy(points),
+        valid=torch.from_numpy(valid),
+        synthetic=torch.from_numpy(synthetic),
+    )
 
 
 def read_ahead(requests: Iterable[Callable[[], RawBatch]], workers: int) -> Iterator[RawBatch]:
@@ -156,41 +201,40 @@ def make_batch(raw: RawBatch, data: DataConfig, generator: torch.Generator) -> B
     The identity stands in for the homography of real pairs, which it leaves as they are.
     """
     device, count = generator.device, len(raw.synthetic)
-    size = (raw.images.shape[2], raw.images.shape[3])
-    images, embedding, groups, edges, keypoints, keypoint_mask, points, valid, synthetic = (
-        tensor.to(device, non_blocking=True) for tensor in raw
-    )
-    images = images.permute(0, 1, 4, 2, 3).float()
-    embedding, edges = embedding.float(), edges.float()
+    size = (raw.images.shape[1], raw.images.shape[2])
+    raw = RawBatch(*(tensor.to(device, non_blocking=True) for tensor in raw))
+    points, synthetic, (left, right) = raw.points, raw.synthetic, raw.sides
 
     homographies = sample_homographies(count, size, generator=generator, config=data.homography)
     copies = torch.rand(count, generator=generator, device=device) < data.identity_probability
     warped_view = synthetic & ~copies
     homographies = torch.where(warped_view[:, None, None], homographies, torch.eye(3, device=device))
 
-    seen = warp_targets(embedding[1], groups[1], edges[1], homographies)
-    right_keypoints = warp_points(keypoints[1], homographies)
+    seen = warp_targets(_embedding(raw, right), raw.groups[right].int(), raw.edges[right].float(), homographies)
+    right_keypoints = warp_points(raw.keypoints[right], homographies)
     right_points = torch.where(synthetic[:, None, None], warp_points(points[0], homographies), points[1])
-    valid = valid & _inside(right_points, size)
+    valid = raw.valid & _inside(right_points, size)
     unseen = torch.ones_like(seen.valid)
     supervised = seen.valid if data.warp_targets else seen.valid & ~warped_view[:, None, None]
 
-    left_groups = groups_at(groups[0], points[0])
+    left_groups = groups_at(raw.groups[left], points[0])
     right_groups = groups_at(seen.groups, right_points).where(valid, -1)
     if not data.warp_targets:
         right_groups = right_groups.where(~warped_view[:, None], -1)
 
-    views = torch.cat([images[0], warp(images[1], homographies)])
+    images = raw.images.permute(0, 3, 1, 2)
+    views = torch.cat([images[left].float(), warp(images[right].float(), homographies)])
     noisy = photometric(views, generator=generator, probability=data.photometric_probability)
+    keypoints = torch.cat([raw.keypoints[left], right_keypoints])
     return Batch(
         images=noisy / 127.5 - 1,
-        labels=rasterise(torch.cat([keypoints[0], right_keypoints]), keypoint_mask.flatten(0, 1), size),
+        labels=rasterise(keypoints, raw.keypoint_mask[raw.sides.flatten()], size),
         label_mask=torch.cat([unseen, seen.valid]).float(),
         points=torch.stack([points[0], right_points]),
         valid=valid,
-        embedding=torch.cat([embedding[0], seen.embedding]),
+        embedding=torch.cat([_embedding(raw, left), seen.embedding]),
         groups=torch.cat([left_groups, right_groups]),
-        edges=torch.cat([edges[0], seen.edges]),
+        edges=torch.cat([raw.edges[left].float(), seen.edges]),
         supervised=torch.cat([unseen, supervised]),
     )
 
@@ -209,28 +253,9 @@ def _inside(points: Tensor, size: tuple[int, int]) -> Tensor:
     return ((points >= 0) & (points <= limit)).all(dim=-1)
 
 
-def _read(store: TeacherCache, item: Item, data: DataConfig, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
-    """One row of a :class:`RawBatch`, in the order of its fields."""
-    if item.kind == "real":
-        pair = store.pair(item.index)
-        sides = [store[image] for image in pair.images]
-        points, valid = pair.points, pair.valid
-    else:
-        image = 2 * item.index + int(rng.integers(2)) if store.spec.paired else item.index
-        sides = [store[image]] * 2
-        chosen = descriptor_points(sides[0], data, rng)
-        points, valid = np.stack([chosen, chosen]), np.ones(len(chosen), bool)
-    labels = [_labels(side, data) for side in sides]
-    return (
-        *(np.stack([getattr(side, name) for side in sides]) for name in ("image", "embedding")),
-        np.stack([side.groups for side in sides]).astype(np.int32),
-        np.stack([side.edges for side in sides]),
-        np.stack([padded for padded, _ in labels]),
-        np.stack([mask for _, mask in labels]),
-        points,
-        valid,
-        np.array(item.kind == "synthetic"),
-    )
+def _embedding(raw: RawBatch, rows: Tensor) -> Tensor:
+    """Embeddings float [B, C, h, w] of some images of the batch."""
+    return raw.embedding[rows] * raw.embedding_scale[rows, None]
 
 
 def descriptor_points(targets: Targets, data: DataConfig, rng: np.random.Generator) -> np.ndarray:
@@ -242,15 +267,6 @@ def descriptor_points(targets: Targets, data: DataConfig, rng: np.random.Generat
     height, width = targets.image.shape[:2]
     labels = targets.keypoints[targets.keypoints[:, 2] >= data.label_threshold, :2]
     labels = labels[rng.permutation(len(labels))[: POINTS // 2]]
-    side = int(np.ceil(np.sqrt(POINTS)))
-    cells = np.stack(np.meshgrid(np.arange(side), np.arange(side)), axis=-1).reshape(-1, 2)
-    cells = cells[rng.permutation(len(cells))[: POINTS - len(labels)]]
-    scattered = (cells + rng.random(cells.shape)) * ((np.array([width, height]) - 1) / side)
+    cells = CELLS[rng.permutation(len(CELLS))[: POINTS - len(labels)]]
+    scattered = (cells + rng.random(cells.shape)) * ((np.array([width, height]) - 1) / GRID)
     return np.concatenate([labels, scattered]).astype(np.float32)
-
-
-def _labels(targets: Targets, data: DataConfig) -> tuple[np.ndarray, np.ndarray]:
-    kept = targets.keypoints[targets.keypoints[:, 2] >= data.label_threshold, :2]
-    padded, mask = np.zeros((MAX_KEYPOINTS, 2), np.float32), np.zeros(MAX_KEYPOINTS, bool)
-    padded[: len(kept)], mask[: len(kept)] = kept, True
-    return padded, mask

@@ -1,4 +1,4 @@
-"""Stage one: images -> teacher -> cache. One task = one whole shard; only this file imports dask.
+"""Stage one: images -> teacher -> cache. One task = one whole shard.
 
 A run may be stopped at any moment: the same command goes on with the shards that are missing, and writes the same bytes
 that an undisturbed run would have written, because every random choice follows from the seed and the item's number.
@@ -7,20 +7,21 @@ that an undisturbed run would have written, because every random choice follows 
 from __future__ import annotations
 
 import hashlib
-import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import dask
 import numpy as np
+from upath import UPath
 
+from samfeat.pipelines.cluster import Workers, make_shards
 from samfeat.pipelines.pairs import MegaDepthSource
 from samfeat.teacher_cache.images import FolderSource, ImageSource, MtldescSource
 from samfeat.teacher_cache.keypoints import Detector, LabelConfig, adapt, opencv_detector
+from samfeat.teacher_cache.lock import lock_store
 from samfeat.teacher_cache.schema import (
     MAX_KEYPOINTS,
     POINTS,
@@ -32,6 +33,7 @@ from samfeat.teacher_cache.schema import (
     package_versions,
 )
 from samfeat.teacher_cache.store import TeacherCache
+from samfeat.teacher_cache.verify import Problem, verify
 
 WEIGHTS = (".safetensors", ".pt")
 RECORDED = ("samfeat", "torch", "segment-anything", "zarr", "numpy", "opencv-python", "scikit-image")
@@ -50,14 +52,14 @@ class BuildSummary:
         failures: (name, reason) of every image that could not be used, from this and earlier runs.
     """
 
-    path: Path
+    path: UPath
     images: int
     written: int
     failures: list[tuple[str, str]]
 
 
 def open_source(
-    data: str | Path, *, crop_size: int | None = None, pairs_per_scene: int | None = None, seed: int = 0
+    data: str | Path | UPath, *, crop_size: int | None = None, pairs_per_scene: int | None = None, seed: int = 0
 ) -> ImageSource:
     """The image source that a folder holds, by its layout.
 
@@ -74,22 +76,22 @@ def open_source(
         FileNotFoundError: no such folder, or no images in it.
         ValueError: a layout that is recognised but damaged.
     """
-    data = Path(data)
-    if not data.exists():
+    folder = UPath(data)
+    if not folder.exists():
         raise FileNotFoundError(f"{data}: no such folder. `samfeat-cli sample {data}` would write the embedded sample")
-    if not data.is_dir():
+    if not folder.is_dir():
         raise ValueError(f"{data} is a file: give the folder that holds the images")
-    megadepth = (data / "scene_info").is_dir()
+    megadepth = (folder / "scene_info").is_dir()
     if pairs_per_scene is not None and not megadepth:
         raise ValueError(f"--pairs-per-scene is for raw MegaDepth: {data} holds no scene_info/")
-    if all((data / part).is_dir() for part in ("image", "keypoint", "despoint")):
+    if all((folder / part).is_dir() for part in ("image", "keypoint", "despoint")):
         if crop_size is not None:
             raise ValueError("--crop-size does not apply to MTLDesc's released set: its crops are used as they are")
-        return MtldescSource(data, seed=seed)
+        return MtldescSource(folder, seed=seed)
     size = (crop_size or 400, crop_size or 400)
     if megadepth:
-        return MegaDepthSource(data, crop_size=size, pairs_per_scene=pairs_per_scene or 100, seed=seed)
-    return FolderSource(data, crop_size=size, seed=seed)
+        return MegaDepthSource(folder, crop_size=size, pairs_per_scene=pairs_per_scene or 100, seed=seed)
+    return FolderSource(folder, crop_size=size, seed=seed)
 
 
 def make_teacher(
@@ -170,35 +172,57 @@ def label_detector(base: str) -> Detector:
     return detect
 
 
+def parse_part(text: str) -> tuple[int, int]:
+    """``K/N``, K from 1 to N, as (K - 1, N): the part of all shards that one of N runs makes.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise ValueError(f"shard {text!r}: give K/N with K from 1 to N, such as 1/8")
+    return int(number) - 1, int(count)
+
+
 def build_cache(
-    path: str | Path,
+    path: str | Path | UPath,
     source: ImageSource,
     teacher: Teacher,
     *,
     labels: LabelConfig | None = None,
     seed: int = 0,
     shard_images: int = 32,
-    workers: int | None = None,
+    workers: Workers | None = None,
+    part: tuple[int, int] = (0, 1),
+    strict: bool = False,
+    repair: bool = False,
+    report: Callable[[str], None] = print,
     progress: Callable[[int, int], None] | None = None,
 ) -> BuildSummary:
     """Run the teacher over ``source`` and write the store ``path``, or go on with it.
 
     Args:
-        path: the store, ``<folder>/<name>.zarr``.
+        path: the store, ``<folder>/<name>.zarr``, on a disk or at a URL such as ``s3://bucket/<name>.zarr``.
         source: ordered images, see :func:`open_source`.
         teacher: gives the targets.
         labels: how detector labels are made; defaults where None.
         seed: seed of the homographic adaptation.
         shard_images: images of one shard.
-        workers: shards in flight; the number of processors where None.
-        progress: called with (images done, images in all) from worker threads.
+        workers: who makes the shards; threads of this process where None.
+        part: (k, n): make shards k, k + n, k + 2n, ... only; n runs, on as many machines, fill one store.
+        strict: stop at the first image that cannot be used, instead of listing it and going on.
+        repair: first check every stored image, and make shards again that hold damaged or skipped ones.
+        report: takes one line for people.
+        progress: called with (images done, images in all) of this part, from worker threads.
 
     Raises:
-        ValueError: the store belongs to other images, another teacher or other parameters (the differences are named).
+        ValueError: the store belongs to other images, another teacher or other parameters (the differences are named);
+            another run is writing it; with ``strict``, an image cannot be used.
         OSError: disk full or not writable. Finished shards stay.
         KeyboardInterrupt: as it came; finished shards stay.
     """
-    labels = labels or LabelConfig()
+    labels, where = labels or LabelConfig(), UPath(path)
+    workers = workers or Workers()
     per_item = 2 if source.paired else 1
     spec = StoreSpec(
         images=len(source) * per_item,
@@ -214,26 +238,32 @@ def build_cache(
         seed=seed,
         versions=package_versions(*RECORDED),
     )
-    cache = _create_or_continue(Path(path), spec, described)
-    missing = cache.missing()
-    job = _Job(cache, source, teacher, labels, label_detector(labels.detector), seed, _Counter(spec, missing, progress))
-    tasks = [dask.delayed(job.shard, pure=False)(shard) for shard in missing]
-    with ThreadPoolExecutor(workers or os.cpu_count() or 1, thread_name_prefix="samfeat-shard") as pool:
-        try:
-            dask.compute(*tasks, scheduler="threads", pool=pool)
-        finally:
-            job.stop.set()  # leaving the pool waits for its threads: nothing is written after this function has ended
-    cache = TeacherCache.open(path)
+    mine = range(part[0], spec.shards, part[1])
+    where.parent.mkdir(parents=True, exist_ok=True)
+    with lock_store(where, part=part, report=report):
+        cache = _create_or_continue(where, spec, described)
+        if repair:
+            _forget_damaged(cache, mine, report)
+        missing = sorted(set(cache.missing()) & set(mine))
+        counter = _Counter(spec, mine, missing, progress)
+        maker = _ShardMaker(str(path), source, teacher, labels, seed, strict, counter.advance if workers.here else None)
+        for shard in make_shards(maker, missing, workers, report=report):
+            if not workers.here:
+                counter.advance(len(spec.shard_range(shard)))
+        cache = TeacherCache.open(where)
     failures = [(cache.names[image], reason) for image, reason in cache.failures.items()]
     return BuildSummary(cache.path, len(cache), sum(len(spec.shard_range(shard)) for shard in missing), failures)
 
 
 class _Counter:
-    """Counts images across worker threads."""
+    """Counts the images of a part of a store across worker threads."""
 
-    def __init__(self, spec: StoreSpec, missing: list[int], progress: Callable[[int, int], None] | None) -> None:
-        self.total, self.progress, self.lock = spec.images, progress, threading.Lock()
-        self.done = spec.images - sum(len(spec.shard_range(shard)) for shard in missing)
+    def __init__(
+        self, spec: StoreSpec, shards: range, missing: list[int], progress: Callable[[int, int], None] | None
+    ) -> None:
+        self.total = sum(len(spec.shard_range(shard)) for shard in shards)
+        self.done = self.total - sum(len(spec.shard_range(shard)) for shard in missing)
+        self.progress, self.lock = progress, threading.Lock()
         self.advance(0)
 
     def advance(self, images: int) -> None:
@@ -243,31 +273,46 @@ class _Counter:
                 self.progress(self.done, self.total)
 
 
-@dataclass(frozen=True)
-class _Job:
-    """Everything that a worker needs to make one shard."""
+class _ShardMaker:
+    """Everything that a worker needs to make shards; opens the store and the detector where it is used."""
 
-    cache: TeacherCache
-    source: ImageSource
-    teacher: Teacher
-    labels: LabelConfig
-    detector: Detector
-    seed: int
-    counter: _Counter
-    stop: threading.Event = field(default_factory=threading.Event)
+    def __init__(
+        self,
+        path: str,
+        source: ImageSource,
+        teacher: Teacher,
+        labels: LabelConfig,
+        seed: int,
+        strict: bool,
+        advance: Callable[[int], None] | None,
+    ) -> None:
+        self.path, self.source, self.teacher, self.labels, self.seed = path, source, teacher, labels, seed
+        self.strict, self.advance, self.stopped = strict, advance, False
 
-    def shard(self, shard: int) -> None:
+    @cached_property
+    def cache(self) -> TeacherCache:
+        return TeacherCache.open(self.path, writable=True)
+
+    @cached_property
+    def detector(self) -> Detector:
+        return label_detector(self.labels.detector)
+
+    def stop(self) -> None:
+        self.stopped = True
+
+    def __call__(self, shard: int) -> None:
         per_item = 2 if self.source.paired else 1
         images = self.cache.spec.shard_range(shard)
         records: list[Record | Failure] = []
         pairs: Pairs = []
         for item in range(images.start // per_item, images.stop // per_item):
-            if self.stop.is_set():
+            if self.stopped:
                 return
             made, pair = self._item(item)
             records += made
             pairs += pair
-            self.counter.advance(len(made))
+            if self.advance:
+                self.advance(len(made))
         self.cache.write_shard(shard, records, pairs)
 
     def _item(self, number: int) -> tuple[list[Record | Failure], Pairs]:
@@ -275,6 +320,8 @@ class _Job:
         try:
             item = self.source.item(number)
         except (ValueError, OSError) as error:
+            if self.strict:
+                raise
             sides = 2 if self.source.paired else 1
             nothing = (np.zeros((2, POINTS, 2), np.float32), np.zeros(POINTS, bool))
             return [Failure(f"unreadable#{number}.{side}", str(error)) for side in range(sides)], [nothing] * (
@@ -295,9 +342,28 @@ class _Job:
         return records, [(item.points, item.valid)]
 
 
-def _create_or_continue(path: Path, spec: StoreSpec, provenance: Provenance) -> TeacherCache:
+def _forget_damaged(cache: TeacherCache, shards: range, report: Callable[[str], None]) -> None:
+    """Take the ``done`` mark from shards with damaged or skipped images."""
+    damaged: dict[int, str] = {}
+    for found in verify(cache):
+        if isinstance(found, Problem) and found.image >= 0:
+            damaged.setdefault(found.image // cache.spec.shard_images, f"image {found.image}: {found.text}")
+    for shard in sorted(set(shards) - set(cache.missing()) - damaged.keys()):
+        skipped = [text for text in cache.column("failure", shard) if text]
+        if skipped:
+            damaged[shard] = skipped[0]
+    for shard in sorted(damaged.keys() & set(shards)):
+        report(f"shard {shard} is made again: {damaged[shard]}")
+        cache.forget_shard(shard)
+
+
+def _create_or_continue(path: UPath, spec: StoreSpec, provenance: Provenance) -> TeacherCache:
     if not path.exists():
-        return TeacherCache.create(path, spec, provenance)
+        try:
+            return TeacherCache.create(path, spec, provenance)
+        except FileExistsError:
+            pass  # another part of the same store was quicker
+    TeacherCache.remove_unfinished(path)
     cache = TeacherCache.open(path, writable=True)
     differences = cache.provenance.differences(provenance)
     differences += [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import html as markup
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from rich.table import Table
 
 from samfeat.pipelines.draw import color_groups, color_map, draw_keypoints, draw_matches, panel, pca_rgb, save_png
 from samfeat.pipelines.files import write_bytes
+from samfeat.teacher_cache.rows import dequantize, quantize
 from samfeat.teacher_cache.schema import Gifts, Record
 from samfeat.teacher_cache.store import TeacherCache, open_stores
 from samfeat.teacher_cache.verify import Problem
@@ -22,7 +23,7 @@ from samfeat.teacher_cache.verify import verify as verify_store
 __all__ = ["open_stores", "picture_of_image", "picture_of_pair", "summary", "verify", "write_gallery"]
 
 SHOWN_MATCHES = 80
-RELATIVE_TOLERANCE = 2e-3  # half precision keeps about three digits
+RELATIVE_TOLERANCE = 2e-3  # of the largest value, beyond the rounding to eight bits
 THUMBNAIL = 320  # pixels, the side of a gallery picture
 DRAWN = 320  # pixels, the least side of an image before anything is drawn over it
 
@@ -55,8 +56,8 @@ def summary(store: TeacherCache) -> Table:
         seen = [store[i] for i in _evenly(good, 16)]
         covered = np.mean([(targets.groups > 0).mean() for targets in seen])
         table.add_row("under a mask", f"{covered:.0%} of the pixels (of {len(seen)} images)")
-        for name in ("embedding", "edges"):
-            values = np.stack([getattr(targets, name) for targets in seen]).astype(np.float32)
+        embeddings = [dequantize(targets.embedding, targets.embedding_scale) for targets in seen]
+        for name, values in (("embedding", np.stack(embeddings)), ("edges", np.stack([t.edges for t in seen]))):
             table.add_row(name, f"{values.min():.3g} to {values.max():.3g}, mean {values.mean():.3g}")
     table.add_row("on disk", _sizes(store))
     return table
@@ -187,7 +188,8 @@ def _recompute(store: TeacherCache, count: int, checkpoint: Path | None, report:
 
 
 def _compare(stored: Gifts, again: Gifts) -> tuple[str, bool]:
-    difference = np.abs(stored.embedding.astype(np.float32) - again.embedding).max()
+    half_step = quantize(again.embedding).scale / 2
+    difference = max(0.0, float((np.abs(stored.embedding - again.embedding) - half_step).max()))
     scale = float(np.abs(again.embedding).max()) or 1.0
     groups = float((stored.groups != again.groups).mean())
     edges = int(np.abs(stored.edges.astype(int) - again.edges).max())
@@ -207,7 +209,7 @@ def _tiles(record: Record) -> list[tuple[str, np.ndarray]]:
         ("image", image),
         ("embedding (PCA)", embedding),
         (f"groups ({len(gifts.masks.stack)} masks)", color_groups(groups, image)),
-        ("edges", color_map(gifts.edges, "gray", low=0, high=255)),
+        ("edges", _enlarged(color_map(gifts.edges, "gray", low=0, high=255), factor)),
         (f"{len(record.keypoints)} labels", draw_keypoints(image, labels, record.keypoints[:, 2])),
     ]
 
@@ -257,8 +259,9 @@ def _spread(values: np.ndarray) -> str:
     return f"{values.min()} to {values.max()}, median {np.median(values):.0f}"
 
 
-def _account(values: Any) -> str:
-    return ", ".join(f"{key} {value}" for key, value in values.items())
+def _account(values: Mapping[str, Any]) -> str:
+    """Plain values of a provenance; nested parameters stay in the store's attributes."""
+    return ", ".join(f"{key} {value}" for key, value in values.items() if not isinstance(value, Mapping))
 
 
 def _sizes(store: TeacherCache) -> str:

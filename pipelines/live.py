@@ -12,11 +12,14 @@ from rich.progress import (
     DownloadColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
+    Task,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 if TYPE_CHECKING:
     from samfeat.pipelines.train import Progress as TrainingProgress
@@ -25,8 +28,14 @@ console = Console(highlight=False)
 
 
 @contextmanager
-def progress_bar(title: str, *, bytes_: bool = False) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar with an ETA, as a function of (done, total); it appears with the first call."""
+def progress_bar(title: str, *, bytes_: bool = False, rate: str = "") -> Iterator[Callable[[int, int], None]]:
+    """A progress bar with an ETA, as a function of (done, total); it appears with the first call.
+
+    Args:
+        title: what is going on.
+        bytes_: whether bytes are counted.
+        rate: unit of the speed to show, such as ``images/s``; none by default.
+    """
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -35,6 +44,7 @@ def progress_bar(title: str, *, bytes_: bool = False) -> Iterator[Callable[[int,
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
+        *([_Rate(rate)] if rate else []),
         console=console,
         speed_estimate_period=120,
     ) as progress:
@@ -47,6 +57,19 @@ def progress_bar(title: str, *, bytes_: bool = False) -> Iterator[Callable[[int,
             progress.update(task, completed=done, total=total)
 
         yield update
+
+
+class _Rate(ProgressColumn):
+    """How many units a second."""
+
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self.unit = unit
+
+    def render(self, task: Task) -> Text:
+        """The speed of the last minutes, or of the whole task once it is finished."""
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:.3g} {self.unit}" if speed else "")
 
 
 @contextmanager

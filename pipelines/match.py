@@ -16,6 +16,7 @@ from samfeat.teacher_cache.images import read_image
 VERIFICATIONS = ("none", "fundamental", "homography")
 THRESHOLDS = {"fundamental": 1.0, "homography": 3.0}  # pixels: distance to the epipolar line, distance to the point
 CONFIDENCE, TRIALS = 0.9999, 10_000
+DRAWN = 300  # more lines than that hide the images
 
 
 def match_images(
@@ -40,7 +41,8 @@ def match_images(
 
     Returns:
         JSON values: ``image0``, ``image1``, ``method``, ``keypoints0``, ``keypoints1``, ``matches``, ``inliers``
-        (None without verification), ``model`` (3 x 3, None where there is none) and ``picture`` (path or None).
+        (None without verification), ``model`` (3 x 3, None where there is none), ``drawn`` (matches in the picture, at
+        most ``DRAWN`` of them, chosen at random) and ``picture`` (path or None).
 
     Raises:
         ValueError: unknown model, or a file that is not an image.
@@ -54,8 +56,11 @@ def match_images(
     points0, points1 = features0["keypoints"][matches[:, 0]], features1["keypoints"][matches[:, 1]]
     model, inliers = (None, None) if verify == "none" else estimate(points0, points1, model=verify)
     if output is not None:
-        order = np.arange(len(matches)) if inliers is None else np.argsort(inliers, kind="stable")
-        colors = None if inliers is None else inlier_colors(inliers[order])
+        order = np.random.default_rng(0).permutation(len(matches))[:DRAWN]  # a fair sample of right and wrong ones
+        colors = None
+        if inliers is not None:
+            order = order[np.argsort(inliers[order], kind="stable")]
+            colors = inlier_colors(inliers[order])
         save_png(output, draw_matches(image0, image1, points0[order], points1[order], colors=colors))
     return {
         "image0": str(path0),
@@ -66,6 +71,7 @@ def match_images(
         "matches": len(matches),
         "inliers": None if inliers is None else int(inliers.sum()),
         "model": None if model is None else model.tolist(),
+        "drawn": 0 if output is None else min(len(matches), DRAWN),
         "picture": None if output is None else str(output),
     }
 

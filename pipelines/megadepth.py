@@ -9,6 +9,7 @@ program, so they are rebuilt by an unpickler that knows numpy's arrays and scala
 
 from __future__ import annotations
 
+import io
 import pickle
 import struct
 import zipfile
@@ -20,6 +21,7 @@ from typing import IO, Any
 
 import h5py
 import numpy as np
+from upath import UPath
 
 _NUMPY_PARTS = frozenset(
     f"numpy.{core}.{name}"
@@ -64,16 +66,16 @@ class SceneInfo:
     scale_ratio: np.ndarray | None
 
 
-def read_scene_info(path: str | Path) -> SceneInfo:
+def read_scene_info(path: str | Path | UPath) -> SceneInfo:
     """Reads one scene file of either kind.
 
     Raises:
         ValueError: the file is damaged, lacks a member, holds members of wrong shape, or a pickle of anything but
             numpy arrays, numbers, strings and containers of these.
     """
-    path = Path(path)
+    where = UPath(path)
     try:
-        members = _Members(path)
+        members = _Members(where)
         images, depths = (_texts(members.read(key)) for key in ("image_paths", "depth_paths"))
         intrinsics = _matrices(members.read("intrinsics"), 3)
         poses = _matrices(members.read("poses"), 4)
@@ -88,10 +90,10 @@ def read_scene_info(path: str | Path) -> SceneInfo:
         raise ValueError(f"{path} is not a usable scene file ({error}); make it again with D2-Net's scripts") from None
     keep = whole[pairs].all(axis=1) & (pairs[:, 0] != pairs[:, 1])
     ratio = None if ratio is None else ratio[keep]
-    return SceneInfo(path.stem, images, depths, intrinsics, poses, pairs[keep], overlap[keep], ratio)
+    return SceneInfo(where.stem, images, depths, intrinsics, poses, pairs[keep], overlap[keep], ratio)
 
 
-def scene_files(root: Path, scenes: Collection[str] | None = None) -> list[Path]:
+def scene_files(root: UPath, scenes: Collection[str] | None = None) -> list[UPath]:
     """The scene files ``root/scene_info/*.npz``, sorted; those named in ``scenes`` alone if given.
 
     Raises:
@@ -110,7 +112,7 @@ def scene_files(root: Path, scenes: Collection[str] | None = None) -> list[Path]
     return [path for name, path in files.items() if scenes is None or name in scenes]
 
 
-def find_file(root: Path, relative: str) -> Path:
+def find_file(root: UPath, relative: str) -> UPath:
     """The file that a scene file names ``relative``, also where the archive's leading folders were left out.
 
     Raises:
@@ -122,14 +124,14 @@ def find_file(root: Path, relative: str) -> Path:
     raise ValueError(f"{root / relative} is missing; the scene file names it, so copy it there or leave the scene out")
 
 
-def read_depth(path: str | Path) -> np.ndarray:
+def read_depth(path: str | Path | UPath) -> np.ndarray:
     """The depth map [H, W] of an HDF5 file, dataset ``depth``; 0 where unknown.
 
     Raises:
         ValueError: the file is damaged, has no two-dimensional ``depth``, or holds negative depth.
     """
     try:
-        with h5py.File(path, "r") as file:
+        with h5py.File(io.BytesIO(UPath(path).read_bytes()), "r") as file:
             depth = np.asarray(file["depth"][()])
     except (OSError, KeyError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path} is not a depth map ({error}); copy it again") from None
@@ -150,15 +152,15 @@ class _ArrayUnpickler(pickle.Unpickler):
 class _Members:
     """The members of a scene file: an npz archive, or a bare pickled dict, which numpy reads under the same name."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: UPath) -> None:
+        self._file = io.BytesIO(path.read_bytes())
         self._dict: dict[str, Any] | None = None
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
+        if zipfile.is_zipfile(self._file):
+            with zipfile.ZipFile(self._file) as archive:
                 self._names = {name.removesuffix(".npy") for name in archive.namelist()}
             return
-        with open(path, "rb") as file:
-            self._dict = _ArrayUnpickler(file).load()
+        self._file.seek(0)
+        self._dict = _ArrayUnpickler(self._file).load()
         if not isinstance(self._dict, dict):
             raise ValueError(f"it holds a {type(self._dict).__name__}, expected named arrays")
         self._names = set(self._dict)
@@ -172,7 +174,7 @@ class _Members:
             raise ValueError(f"it lacks {key}; it has {', '.join(sorted(self._names)) or 'nothing'}")
         if self._dict is not None:
             return self._dict[key]
-        with zipfile.ZipFile(self._path) as archive, archive.open(f"{key}.npy") as file:
+        with zipfile.ZipFile(self._file) as archive, archive.open(f"{key}.npy") as file:
             return _read_npy(file)
 
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
+from upath import UPath
 
 from samfeat.pipelines.megadepth import SceneInfo, find_file, read_depth, read_scene_info, scene_files
 from samfeat.teacher_cache.images import Box, SourceItem, check_crop_size, names_sha256, read_image, sha256_of
@@ -140,7 +141,7 @@ class MegaDepthSource:
 
     def __init__(
         self,
-        root: str | Path,
+        root: str | Path | UPath,
         *,
         crop_size: tuple[int, int] = (400, 400),
         pairs_per_scene: int = 100,
@@ -155,7 +156,7 @@ class MegaDepthSource:
                 "pairs_per_scene >= 1, 0 <= min_overlap <= max_overlap <= 1 and max_scale_ratio >= 1 are needed, got "
                 f"{pairs_per_scene}, {min_overlap}, {max_overlap}, {max_scale_ratio}"
             )
-        self.root = Path(root)
+        self.root = UPath(root)
         self.crop_size = check_crop_size(crop_size)
         self.pairs_per_scene = pairs_per_scene
         self.seed = seed

@@ -7,10 +7,14 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from samfeat.pipelines.files import write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+SMOOTHING = 0.15  # of the run, the window of the running mean
 
 
 def draw_curves(folder: str | Path) -> Path:
@@ -30,19 +34,33 @@ def draw_curves(folder: str | Path) -> Path:
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     names = sorted({name for row in rows for name in row if name.startswith("loss/")})
-    for name in names:
-        _plot(left, rows, name, name.removeprefix("loss/"), linewidth=2.5 if name == "loss/total" else 1.3)
+    for number, name in enumerate(names):
+        color = f"C{number}"
+        _plot(left, rows, name, "", color=color, linewidth=0.7, alpha=0.35)
+        _plot(left, _smoothed(rows, name), name, name.removeprefix("loss/"), color=color, linewidth=2)
     left.set(title="loss terms", xlabel="step", ylabel="loss", yscale="log")
     for threshold in (1, 3, 5):
         _plot(right, rows, f"validation/mma@{threshold}", f"within {threshold} px", marker="o", markersize=4)
     right.set(title="mean matching accuracy on held-out views", xlabel="step", ylabel="share of matches", ylim=(0, 1))
     for axes in (left, right):
         axes.grid(alpha=0.3)
-        if axes.has_data():
-            axes.legend()
+    if rows:
+        left.legend(
+            loc="upper left", bbox_to_anchor=(0, -0.12), ncols=6, frameon=False, columnspacing=1, handlelength=1
+        )
+        right.legend(loc="lower right")
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=110)
     return write_bytes(folder / "curves.png", buffer.getvalue())
+
+
+def _smoothed(rows: list[dict[str, float]], name: str) -> list[dict[str, float]]:
+    """Running means over ``SMOOTHING`` of all logged values: single batches differ more than learning changes."""
+    points = [(row["step"], row[name]) for row in rows if name in row]
+    width = max(1, round(SMOOTHING * len(points)))
+    means = np.convolve([value for _, value in points], np.ones(width) / width, mode="valid")
+    steps = [step for step, _ in points[(width - 1) // 2 :]]
+    return [{"step": step, name: mean} for step, mean in zip(steps, means)]
 
 
 def _plot(axes: Axes, rows: list[dict[str, float]], name: str, label: str, **style: Any) -> None:

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import cv2
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+from upath import UPath
 
 from samfeat.teacher_cache.schema import POINTS
 
@@ -81,7 +82,9 @@ class ImageSource(Protocol):
         ...
 
 
-def read_image(source: str | Path | bytes, *, name: str | None = None, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+def read_image(
+    source: str | Path | UPath | bytes, *, name: str | None = None, max_pixels: int = MAX_PIXELS
+) -> np.ndarray:
     """Reads a photograph as uint8 [H, W, 3] in RGB, upright.
 
     Grey, palette and CMYK images become RGB, 16 bits are scaled to 8, transparency is laid over white, the EXIF
@@ -97,7 +100,7 @@ def read_image(source: str | Path | bytes, *, name: str | None = None, max_pixel
         OSError: the file cannot be opened.
     """
     if not isinstance(source, bytes):
-        name, source = name or str(source), _read_bytes(Path(source))
+        name, source = name or str(source), _read_bytes(UPath(source))
     name = name or f"an image of {len(source)} bytes"
     if not source:
         raise ValueError(f"{name} is empty (0 bytes); copy the photograph again or remove it")
@@ -115,7 +118,7 @@ def read_image(source: str | Path | bytes, *, name: str | None = None, max_pixel
         raise ValueError(f"{name} is damaged or truncated ({error}); copy the photograph again or remove it") from None
 
 
-def _read_bytes(path: Path) -> bytes:
+def _read_bytes(path: UPath) -> bytes:
     if path.is_dir():
         raise ValueError(f"{path} is a folder, not an image; name one of the files in it")
     return path.read_bytes()
@@ -172,7 +175,7 @@ class FolderSource:
 
     paired = False
 
-    def __init__(self, root: str | Path, *, crop_size: tuple[int, int], seed: int = 0) -> None:
+    def __init__(self, root: str | Path | UPath, *, crop_size: tuple[int, int], seed: int = 0) -> None:
         self.root = _existing_folder(root)
         self.crop_size = check_crop_size(crop_size)
         self.seed = seed
@@ -210,8 +213,8 @@ class FolderSource:
         }
 
 
-def _existing_folder(root: str | Path) -> Path:
-    path = Path(root)
+def _existing_folder(root: str | Path | UPath) -> UPath:
+    path = UPath(root)
     if not path.exists():
         raise FileNotFoundError(f"{root} does not exist; give the folder that holds the images")
     if not path.is_dir():
@@ -219,7 +222,7 @@ def _existing_folder(root: str | Path) -> Path:
     return path
 
 
-def _fit(image: np.ndarray, crop_size: tuple[int, int], path: Path) -> tuple[np.ndarray, float]:
+def _fit(image: np.ndarray, crop_size: tuple[int, int], path: UPath) -> tuple[np.ndarray, float]:
     """``image`` scaled so that the crop fits in it once to twice, and the scale."""
     sides = np.array(image.shape[:2])
     ratio = float((sides / crop_size).min())
@@ -252,7 +255,7 @@ class MtldescSource:
 
     paired = True
 
-    def __init__(self, root: str | Path, *, seed: int = 0) -> None:
+    def __init__(self, root: str | Path | UPath, *, seed: int = 0) -> None:
         self.root = _existing_folder(root)
         self.seed = seed
         for part in ("image", "keypoint", "despoint"):
@@ -298,7 +301,7 @@ class MtldescSource:
             "names_sha256": names_sha256(self._ids),
         }
 
-    def _correspondences(self, path: Path) -> tuple[np.ndarray, np.ndarray]:
+    def _correspondences(self, path: UPath) -> tuple[np.ndarray, np.ndarray]:
         found = _read_npz(path, ("desp_point1", "desp_point2", "valid_mask", "raw_desp_point1"))
         height, width = self.crop_size
         half = (np.array([width, height]) - 1) / 2
@@ -320,7 +323,7 @@ class MtldescSource:
         mask[:number] = valid & inside
         return padded, mask
 
-    def _keypoints(self, path: Path) -> tuple[np.ndarray, ...]:
+    def _keypoints(self, path: UPath) -> tuple[np.ndarray, ...]:
         found = _read_npz(path, ("points_0", "points_1"))
         labels = []
         for key in ("points_0", "points_1"):
@@ -337,12 +340,12 @@ def _agree(raw: np.ndarray, points: np.ndarray) -> bool:
     return any(np.allclose(order, points, rtol=0, atol=0.5) for order in (raw, raw[:, ::-1]))
 
 
-def _read_npz(path: Path, keys: tuple[str, ...]) -> dict[str, np.ndarray]:
+def _read_npz(path: UPath, keys: tuple[str, ...]) -> dict[str, np.ndarray]:
     """The named arrays of an npz file; nothing is unpickled."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; every image needs one in {path.parent.name}/")
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
             if missing := [key for key in keys if key not in file]:
                 raise ValueError(f"it lacks {', '.join(missing)}")
             return {key: file[key] for key in keys}

@@ -12,12 +12,12 @@ import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
 FORMAT = "samfeat-teacher-cache"
-VERSION = 1
+VERSION = 2
 
 MAX_MASKS = 1024  # masks of one image; unused slots are never written, so they cost no bytes
 MAX_KEYPOINTS = 2048  # detector labels of one image, best first
@@ -137,7 +137,8 @@ class Targets(NamedTuple):
 
     Attributes:
         image: uint8 [H, W, 3], RGB.
-        embedding: float16 [C, h, w].
+        embedding: int8 [C, h, w], in units of ``embedding_scale``.
+        embedding_scale: float32 [h, w]; the teacher's embedding is ``embedding * embedding_scale``, exact in float32.
         groups: uint16 [H, W], 0 = no mask.
         edges: uint8 [H, W].
         keypoints: float32 [K, 3], (x, y, score), best first.
@@ -145,9 +146,14 @@ class Targets(NamedTuple):
 
     image: np.ndarray
     embedding: np.ndarray
+    embedding_scale: np.ndarray
     groups: np.ndarray
     edges: np.ndarray
     keypoints: np.ndarray
+
+
+Codec = Literal["none", "lz4", "zstd"]
+"""How chunks are compressed: not at all; for speed (blosc, lz4hc, CRC-32C); for size (Zstandard)."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +168,8 @@ class ArraySpec:
     dimensions: tuple[str, ...]
     description: str
     unit: str = ""
-    compressed: bool = True
+    codec: Codec = "zstd"
+    sparse: bool = False  # chunks and shards of nothing but zeros are left out
 
 
 @dataclass(frozen=True)
@@ -218,17 +225,34 @@ class StoreSpec:
             return ArraySpec(name, (n, *shape), (1, *shape), (s, *shape), dtype, ("image", *axes), text, unit, **more)
 
         arrays = [
-            per_image("image", (height, width, 3), "uint8", ("y", "x", "rgb"), "the crop that the teacher saw"),
+            per_image(
+                "image",
+                (height, width, 3),
+                "uint8",
+                ("y", "x", "rgb"),
+                "the crop that the teacher saw",
+                codec="none",
+            ),
             per_image(
                 "embedding",
                 (channels, rows, columns),
-                "float16",
+                "int8",
                 ("channel", "row", "column"),
-                "image encoder output; covers exactly the crop",
-                compressed=False,
+                "image encoder output, in units of embedding_scale; covers exactly the crop",
+                codec="none",
             ),
-            per_image("groups", (height, width), "uint16", ("y", "x"), "label map: k + 1 = mask k, 0 = no mask"),
-            per_image("edges", (height, width), "uint8", ("y", "x"), "soft edge strength", "1/255"),
+            per_image(
+                "embedding_scale",
+                (rows, columns),
+                "float32",
+                ("row", "column"),
+                "the embedding is embedding * embedding_scale, exact in float32",
+                codec="none",
+            ),
+            per_image(
+                "groups", (height, width), "uint16", ("y", "x"), "label map: k + 1 = mask k, 0 = no mask", codec="lz4"
+            ),
+            per_image("edges", (height, width), "uint8", ("y", "x"), "soft edge strength", "1/255", codec="lz4"),
             per_image(
                 "keypoints",
                 (MAX_KEYPOINTS, 3),
@@ -236,8 +260,9 @@ class StoreSpec:
                 ("keypoint", "x_y_score"),
                 "detector labels, best first; rows past keypoint_count are zero",
                 "pixel",
+                codec="lz4",
             ),
-            per_image("keypoint_count", (), "uint16", (), "number of detector labels"),
+            per_image("keypoint_count", (), "uint16", (), "number of detector labels", codec="none"),
             ArraySpec(
                 "masks",
                 (n, MAX_MASKS, height, packed),
@@ -246,6 +271,7 @@ class StoreSpec:
                 "uint8",
                 ("image", "mask", "y", "x_packed"),
                 "overlapping masks, largest first, eight pixels a byte (numpy.packbits, big-endian)",
+                sparse=True,
             ),
             per_image(
                 "mask_table",
@@ -254,12 +280,22 @@ class StoreSpec:
                 ("mask", "column"),
                 "one row a mask: " + ", ".join(MASK_COLUMNS),
             ),
-            per_image("mask_count", (), "uint16", (), "number of masks"),
+            per_image("mask_count", (), "uint16", (), "number of masks", codec="none"),
             per_image("name", (), "string", (), "unique name of the crop"),
-            per_image("box", (4,), "int32", ("left_top_width_height",), "the crop in its source image", "pixel"),
-            per_image("source_sha256", (32,), "uint8", ("byte",), "digest of the source file"),
-            per_image("sha256", (32,), "uint8", ("byte",), "digest of everything stored about the image"),
-            per_image("failure", (), "string", (), "why the image could not be used; empty for every good image"),
+            per_image(
+                "box",
+                (4,),
+                "int32",
+                ("left_top_width_height",),
+                "the crop in its source image",
+                "pixel",
+                codec="none",
+            ),
+            per_image("source_sha256", (32,), "uint8", ("byte",), "digest of the source file", codec="none"),
+            per_image("sha256", (32,), "uint8", ("byte",), "digest of everything stored about the image", codec="none"),
+            per_image(
+                "failure", (), "string", (), "why the image could not be used; empty for every good image", sparse=True
+            ),
         ]
         if self.paired:
             p = s // 2

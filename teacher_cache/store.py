@@ -1,6 +1,6 @@
 """The teacher cache on disk: one self-contained Zarr v3 store, written shard by shard, read image by image.
 
-``teacher_cache/README.md`` is the format's normative description. Only this file imports zarr.
+``teacher_cache/README.md`` is the format's normative description.
 
 A shard is written by one task from beginning to end: first its data, then its ``done`` mark. A run that is cut off
 anywhere leaves shards that are done and shards that are missing, and nothing in between that a reader would believe.
@@ -8,9 +8,7 @@ anywhere leaves shards that are done and shards that are missing, and nothing in
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
-import hashlib
 import os
 import shutil
 from collections.abc import Sequence
@@ -19,20 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zarr
-from zarr.codecs import ZstdCodec
+from upath import UPath
 
-from samfeat.teacher_cache.grouping import pack, unpack
+from samfeat.teacher_cache.grouping import unpack
+from samfeat.teacher_cache.layout import Group, chunk_reader, one_line, open_array, open_group, write_metadata
+from samfeat.teacher_cache.reader import empty_targets
+from samfeat.teacher_cache.rows import STORED, record_of, rows
 from samfeat.teacher_cache.schema import (
     FORMAT,
     MASK_CHUNK,
     MASK_COLUMNS,
-    MAX_KEYPOINTS,
-    MAX_MASKS,
     VERSION,
-    ArraySpec,
     Failure,
-    Gifts,
     Masks,
     Pair,
     Provenance,
@@ -40,8 +36,6 @@ from samfeat.teacher_cache.schema import (
     StoreSpec,
     Targets,
 )
-
-ZSTD_LEVEL = 3
 
 
 class TeacherCache:
@@ -51,58 +45,74 @@ class TeacherCache:
     Several threads may read at once; different shards may be written by different threads and processes.
     """
 
-    def __init__(self, path: Path, group: zarr.Group, spec: StoreSpec, provenance: Provenance) -> None:
+    def __init__(self, path: UPath, group: Group, spec: StoreSpec, provenance: Provenance) -> None:
         self.path, self.spec, self.provenance = path, spec, provenance
-        self._arrays = {array.name: _open_array(group, array, path) for array in spec.arrays()}
+        self._arrays = {array.name: open_array(group, array, path) for array in spec.arrays()}
+        readers = {name: chunk_reader(array, path) for name, array in self._arrays.items()}
+        self._readers = {name: reader for name, reader in readers.items() if reader}
 
     def __repr__(self) -> str:
         return f"TeacherCache({str(self.path)!r}, images={len(self)}, pairs={self.spec.pairs})"
 
     @classmethod
-    def create(cls, path: str | Path, spec: StoreSpec, provenance: Provenance) -> TeacherCache:
-        """Make an empty store at ``path`` (a folder whose name ends in ``.zarr``); it appears whole or not at all.
+    def create(cls, path: str | Path | UPath, spec: StoreSpec, provenance: Provenance) -> TeacherCache:
+        """Make an empty store; it appears whole or not at all.
+
+        Args:
+            path: a folder whose name ends in ``.zarr``, or the URL of one in an object store.
+            spec: shape of the store.
+            provenance: where it comes from.
 
         Raises:
-            ValueError: the name does not end in ``.zarr``, or something is there already.
+            ValueError: the name does not end in ``.zarr``.
+            FileExistsError: something is there already.
         """
-        path = Path(path)
-        if path.suffix != ".zarr":
+        where = UPath(path)
+        if where.suffix != ".zarr":
             raise ValueError(f"{path}: a store's name must end in .zarr")
-        if path.exists():
-            raise ValueError(f"{path} exists already: open it, or choose another name")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        if where.protocol:
+            write_metadata(where, spec, _attributes(spec, provenance))
+            return cls.open(where, writable=True)
+        where.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = where.with_name(f"{where.name}.{os.getpid()}.partial")
+        taken = FileExistsError(f"{path} exists already: open it, or choose another name")
+        if where.exists():
+            raise taken
         try:
-            group = zarr.create_group(unfinished, zarr_format=3, attributes=_attributes(spec, provenance))
-            for array in spec.arrays():
-                _create_array(group, array)
-            unfinished.rename(path)
-        except BaseException:
-            shutil.rmtree(unfinished, ignore_errors=True)
+            write_metadata(unfinished, spec, _attributes(spec, provenance))
+            unfinished.rename(where)
+        except BaseException as error:
+            shutil.rmtree(str(unfinished), ignore_errors=True)
+            if isinstance(error, OSError) and where.exists():  # another process was quicker
+                raise taken from error
             raise
-        return cls.open(path, writable=True)
+        return cls.open(where, writable=True)
 
     @classmethod
-    def open(cls, path: str | Path, *, writable: bool = False) -> TeacherCache:
+    def remove_unfinished(cls, path: UPath) -> None:
+        """Remove what processes left that died while they made an empty store, once there is the store."""
+        if not path.protocol:
+            for folder in path.parent.glob(f"{path.name}.*.partial"):
+                shutil.rmtree(str(folder), ignore_errors=True)
+
+    @classmethod
+    def open(cls, path: str | Path | UPath, *, writable: bool = False) -> TeacherCache:
         """Open an existing store.
 
         Raises:
             FileNotFoundError: nothing is there.
             ValueError: not a store of this format, of another format version, or damaged metadata.
         """
-        path = Path(path)
-        if not path.exists():
-            raise FileNotFoundError(f"{path}: no such store. `samfeat-cli teacher-cache` writes one")
-        try:
-            group = zarr.open_group(path, mode="r+" if writable else "r")
-        except (zarr.errors.GroupNotFoundError, FileNotFoundError, ValueError, KeyError) as error:
-            raise ValueError(f"{path} is not a teacher cache: no readable zarr.json in it ({error})") from error
+        where = UPath(path)
+        if not where.exists():
+            raise FileNotFoundError(f"{where}: no such store. `samfeat-cli teacher-cache` writes one")
+        group = open_group(where, writable=writable)
         attributes: dict[str, Any] = dict(group.attrs)
         if attributes.get("format") != FORMAT:
-            raise ValueError(f"{path} is a zarr group, but not a teacher cache: its format is not {FORMAT!r}")
+            raise ValueError(f"{where} is a zarr group, but not a teacher cache: its format is not {FORMAT!r}")
         if attributes.get("version") != VERSION:
             raise ValueError(
-                f"{path} has format version {attributes.get('version')}, this program reads version {VERSION}: "
+                f"{where} has format version {attributes.get('version')}, this program reads version {VERSION}: "
                 "rebuild the store, or use the program that wrote it"
             )
         try:
@@ -110,9 +120,9 @@ class TeacherCache:
             values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in listed}
             spec = StoreSpec(**values)
             provenance = Provenance(**attributes["provenance"])
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}: the store's attributes are damaged ({error}): rebuild it") from error
-        return cls(path, group, spec, provenance)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"{where}: the store's attributes are damaged ({one_line(error)}): rebuild it") from error
+        return cls(where, group, spec, provenance)
 
     # -- what is there ------------------------------------------------------------------------------------------------
 
@@ -147,6 +157,11 @@ class TeacherCache:
         """Masks and keypoints of every image, int64 [N] each."""
         return {name: self._values(f"{name[:-1]}_count").astype(np.int64) for name in ("masks", "keypoints")}
 
+    def column(self, name: str, shard: int) -> np.ndarray:
+        """What an array with one value an image holds about the images of one shard."""
+        images = self.spec.shard_range(shard)
+        return self._values(name, slice(images.start, images.stop))
+
     def index(self, name: str) -> int:
         """Number of the image of that name (or of the only name that ends so). Raises ValueError."""
         exact = [i for i, known in enumerate(self.names) if known == name]
@@ -167,52 +182,93 @@ class TeacherCache:
     # -- reading ------------------------------------------------------------------------------------------------------
 
     def __getitem__(self, image: int) -> Targets:
-        count = int(self._read("keypoint_count", image))
-        return Targets(
-            self._read("image", image),
-            self._read("embedding", image),
-            self._read("groups", image),
-            self._read("edges", image),
-            self._read("keypoints", image)[:count],
-        )
+        targets = Targets(*(array[0] for array in empty_targets(self.spec, 1)))
+        count = self.read_into(image, targets)
+        return targets._replace(keypoints=targets.keypoints[:count])
+
+    def read_into(self, image: int, targets: Targets) -> int:
+        """Read the training view of one image into memory of the caller's.
+
+        Args:
+            image: its number.
+            targets: receives it; a row of :func:`~samfeat.teacher_cache.reader.empty_targets`.
+
+        Returns:
+            the number of keypoints; the rows beyond are zero.
+
+        Raises:
+            IndexError: no such image.
+            ValueError: the image's shard is missing or damaged.
+        """
+        for name, array in targets._asdict().items():
+            self._fill(name, image, array)
+        count = np.empty(1, np.uint16)
+        self._fill("keypoint_count", image, count)
+        return int(count[0])
 
     def masks(self, image: int) -> Masks:
         """The overlapping masks of one image."""
-        count = int(self._read("mask_count", image))
-        used = -(-count // MASK_CHUNK) * MASK_CHUNK
-        stack = unpack(self._values("masks", (image, slice(used))), self.spec.image_size[1])[:count]
-        return Masks(stack, self._read("mask_table", image)[:count])
+        values = self.stored(image, ("masks", "mask_table"))
+        return Masks(unpack(values["masks"], self.spec.image_size[1]), values["mask_table"])
 
     def record(self, image: int) -> Record:
-        """Everything stored about one image."""
-        targets = self[image]
-        gifts = Gifts(targets.embedding, self.masks(image), targets.groups, targets.edges)
-        return Record(
-            name=str(self._read("name", image)[()]),
-            source_sha256=self._read("source_sha256", image).tobytes().hex(),
-            box=tuple(self._read("box", image).tolist()),
-            image=targets.image,
-            gifts=gifts,
-            keypoints=targets.keypoints,
-        )
+        """Everything stored about one image; the embedding as float32."""
+        return record_of(self.stored(image))
+
+    def stored(self, image: int, names: Sequence[str] = STORED) -> dict[str, np.ndarray]:
+        """Values of one image as stored, by array, without unused rows."""
+        counts = {name: int(self._read(f"{name}_count", image)) for name in ("mask", "keypoint")}
+        used = {"masks": counts["mask"], "mask_table": counts["mask"], "keypoints": counts["keypoint"]}
+        return {name: self._read(name, image, used.get(name)) for name in names}
 
     def stored_digest(self, image: int) -> bytes:
-        """SHA-256 that was stored with an image; :func:`digest` of its record, if nothing has changed."""
+        """SHA-256 that was stored with an image; the digest of :meth:`stored`, if nothing has changed."""
         return self._read("sha256", image).tobytes()
 
     def pair(self, pair: int) -> Pair:
         """The stored correspondences of one pair."""
         if not 0 <= pair < self.spec.pairs:
             raise ValueError(f"{self.path.name} has {self.spec.pairs} pairs, there is no pair {pair}")
-        return Pair((2 * pair, 2 * pair + 1), self._values("pair_points", pair), self._values("pair_valid", pair))
+        return Pair((2 * pair, 2 * pair + 1), self._read("pair_points", pair), self._read("pair_valid", pair))
 
-    def _read(self, name: str, image: int) -> np.ndarray:
+    def _read(self, name: str, index: int, used: int | None = None) -> np.ndarray:
+        """The first ``used`` rows (all of them where None) of one image or pair."""
+        array, reader = self._arrays[name], self._readers.get(name)
+        self._check(index)
+        if reader is None:
+            return self._values(name, index if used is None else (index, slice(used)))
+        shape = array.shape[1:]
+        if used is not None:
+            shape = (-(-used // array.chunks[1]) * array.chunks[1], *shape[1:])
+        out = np.empty(shape, array.dtype)
+        chunks = out.reshape(-1, *array.chunks[1:])
+        for chunk in range(len(chunks)):
+            reader.read(index, chunks[chunk : chunk + 1], chunk)
+        return out if used is None else out[:used]
+
+    def _fill(self, name: str, image: int, out: np.ndarray) -> None:
+        """Read all that an array holds about one image into ``out``."""
+        reader = self._readers.get(name)
+        self._check(image)
+        if reader is None:
+            out[...] = self._values(name, image)
+        else:
+            reader.read(image, out)
+
+    def _check(self, image: int) -> None:
         if not 0 <= image < len(self):
             raise IndexError(f"{self.path.name} has {len(self)} images, there is no image {image}")
-        return self._values(name, image)
 
     def _values(self, name: str, selection: Any = ...) -> np.ndarray:
-        return np.asarray(self._arrays[name][selection])
+        """Any part of an array, read by zarr."""
+        try:
+            return np.asarray(self._arrays[name][selection])
+        except OSError:
+            raise
+        except Exception as error:  # zarr and its codecs raise many kinds for damaged bytes
+            raise ValueError(
+                f"{self.path}: array {name!r} cannot be read ({one_line(error)}): rebuild the store"
+            ) from error
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
@@ -238,43 +294,55 @@ class TeacherCache:
             raise ValueError(
                 f"shard {shard} takes {len(images)} records, got {len(records)} records, {len(pairs)} pairs"
             )
-        columns = [_columns(record, self.spec) for record in records]
-        rows = slice(images.start, images.stop)
+        columns: list[dict[str, Any]] = [rows(record, self.spec) for record in records]
         self._forget(shard)
-        for name in columns[0]:
-            values = [column[name] for column in columns]
-            if name == "masks":
-                used = -(-max(len(value) for value in values) // MASK_CHUNK) * MASK_CHUNK
-                if used:
-                    self._arrays[name][rows, :used] = np.stack([_padded(value, used) for value in values])
-            elif isinstance(values[0], str):
-                self._arrays[name][rows] = np.array(values, dtype=object)
-            else:
-                self._arrays[name][rows] = np.stack(values)
-        if pairs:
-            halves = slice(images.start // 2, images.stop // 2)
-            self._arrays["pair_points"][halves] = np.stack([points for points, _ in pairs])
-            self._arrays["pair_valid"][halves] = np.stack([valid for _, valid in pairs])
+        for name in list(columns[0]):
+            self._write(name, images.start, [column.pop(name) for column in columns])
+        for number, name in enumerate(("pair_points", "pair_valid") if pairs else ()):
+            self._write(name, images.start // 2, [np.asarray(pair[number]) for pair in pairs])
         self._arrays["done"][shard] = 1
 
+    def forget_shard(self, shard: int) -> None:
+        """Take back the ``done`` mark of a shard: it counts as missing and may be written again."""
+        self._arrays["done"][shard] = 0
+
+    def _write(self, name: str, start: int, values: Sequence[np.ndarray]) -> None:
+        """Write the rows from ``start`` on, with zeros where a value is shorter than its row."""
+        array = self._arrays[name]
+        shape = array.shape[1:]
+        if name == "masks":
+            shape = (-(-max(map(len, values)) // MASK_CHUNK) * MASK_CHUNK, *shape[1:])
+        block = np.zeros((len(values), *shape), array.dtype)
+        for row, value in enumerate(values):
+            block[(slice(row, row + 1), *_first(value.shape))] = value
+        if block.size:
+            array[(slice(start, start + len(values)), *_first(shape))] = block
+
     def _forget(self, shard: int) -> None:
-        """Remove the sparse mask shard that an interrupted run may have left, since writing merges into it."""
-        array = self._arrays["masks"]
-        key = array.metadata.encode_chunk_key((shard, 0, 0, 0))
-        asyncio.run((array.store_path / key).delete())
+        """Remove what an interrupted run may have left: the sparse mask shard, which writing merges into, and files
+        under their temporary names."""
+        key = self._arrays["masks"].metadata.encode_chunk_key((shard, 0, 0, 0))
+        (self.path / "masks" / key).unlink(missing_ok=True)
+        if not self.path.protocol:
+            for name, array in self._arrays.items():
+                axes = array.ndim - 1
+                for file in (self.path / name / "c").glob(
+                    f"{shard}/" + "0/" * (axes - 1) + "0.*" if axes else f"{shard}.*"
+                ):
+                    file.unlink(missing_ok=True)
 
 
-def open_stores(cache: str | Path) -> list[TeacherCache]:
+def open_stores(cache: str | Path | UPath) -> list[TeacherCache]:
     """Open every store of a cache: a folder with ``*.zarr`` in it (all else is ignored), or one store.
 
     Raises:
         FileNotFoundError: the folder does not exist, or holds no store.
         ValueError: a store cannot be read.
     """
-    cache = Path(cache)
-    if not cache.exists():
+    folder = UPath(cache)
+    if not folder.exists():
         raise FileNotFoundError(f"{cache}: no such folder. `samfeat-cli teacher-cache --help` shows how to make one")
-    paths = [cache] if cache.suffix == ".zarr" else sorted(path for path in cache.glob("*.zarr") if path.is_dir())
+    paths = [folder] if folder.suffix == ".zarr" else sorted(path for path in folder.glob("*.zarr") if path.is_dir())
     if not paths:
         raise FileNotFoundError(
             f"{cache} holds no store (*.zarr). Write one with `samfeat-cli teacher-cache --data PHOTOS --cache {cache}`"
@@ -282,23 +350,8 @@ def open_stores(cache: str | Path) -> list[TeacherCache]:
     return [TeacherCache.open(path) for path in paths]
 
 
-def digest(record: Record) -> bytes:
-    """SHA-256 of everything stored about one image, in the order of ``teacher_cache/README.md``."""
-    gifts = record.gifts
-    found = hashlib.sha256(f"{record.name}\n{record.source_sha256}\n{tuple(record.box)}".encode())
-    for values, dtype in (
-        (record.image, "|u1"),
-        (gifts.embedding, "<f2"),
-        (gifts.groups, "<u2"),
-        (gifts.edges, "|u1"),
-        (record.keypoints, "<f4"),
-        (pack(gifts.masks.stack), "|u1"),
-        (gifts.masks.table, "<f4"),
-    ):
-        array = np.ascontiguousarray(values, dtype=dtype)
-        found.update(str(array.shape).encode())
-        found.update(array.tobytes())
-    return found.digest()
+def _first(lengths: tuple[int, ...]) -> tuple[slice, ...]:
+    return tuple(slice(length) for length in lengths)
 
 
 def _attributes(spec: StoreSpec, provenance: Provenance) -> dict[str, Any]:
@@ -310,79 +363,3 @@ def _attributes(spec: StoreSpec, provenance: Provenance) -> dict[str, Any]:
         "mask_columns": list(MASK_COLUMNS),
         "coordinates": "points are (x, y) in pixels, (0, 0) is the centre of the top-left pixel",
     }
-
-
-def _create_array(group: zarr.Group, spec: ArraySpec) -> None:
-    group.create_array(
-        spec.name,
-        shape=spec.shape,
-        chunks=spec.chunks,
-        shards=spec.shards,
-        dtype=spec.dtype,
-        compressors=ZstdCodec(level=ZSTD_LEVEL) if spec.compressed else None,
-        dimension_names=spec.dimensions,
-        attributes={"description": spec.description, **({"unit": spec.unit} if spec.unit else {})},
-    )
-
-
-def _open_array(group: zarr.Group, spec: ArraySpec, path: Path) -> zarr.Array:
-    array = group.get(spec.name)
-    if not isinstance(array, zarr.Array) or array.shape != spec.shape:
-        raise ValueError(f"{path}: array {spec.name!r} is missing or not of shape {spec.shape}: rebuild the store")
-    return array
-
-
-def _columns(record: Record | Failure, spec: StoreSpec) -> dict[str, Any]:
-    """The row of each array that describes one image."""
-    if isinstance(record, Failure):
-        return _columns(_blank(record, spec), spec) | {"failure": record.reason.replace("\n", " ") or "unknown"}
-    gifts, size = record.gifts, spec.image_size
-    shapes = {
-        "image": (record.image.shape, (*size, 3)),
-        "embedding": (gifts.embedding.shape, spec.embedding),
-        "groups": (gifts.groups.shape, size),
-        "edges": (gifts.edges.shape, size),
-        "masks": (gifts.masks.stack.shape[1:], size),
-        "mask table": (gifts.masks.table.shape, (len(gifts.masks.stack), len(MASK_COLUMNS))),
-        "keypoints": (record.keypoints.shape[1:], (3,)),
-    }
-    for name, (given, wanted) in shapes.items():
-        if tuple(given) != tuple(wanted):
-            raise ValueError(f"{record.name}: {name} has shape {tuple(given)}, the store takes {tuple(wanted)}")
-    if len(gifts.masks.stack) > MAX_MASKS or len(record.keypoints) > MAX_KEYPOINTS:
-        raise ValueError(f"{record.name}: more than {MAX_MASKS} masks or {MAX_KEYPOINTS} keypoints")
-    embedding = gifts.embedding.astype(np.float16)
-    if not np.isfinite(embedding).all():
-        raise ValueError(f"{record.name}: the embedding holds NaN, infinity or values beyond half precision")
-    stored = dataclasses.replace(record, gifts=dataclasses.replace(gifts, embedding=embedding))
-    return {
-        "image": record.image,
-        "embedding": embedding,
-        "groups": gifts.groups,
-        "edges": gifts.edges,
-        "keypoints": _padded(record.keypoints, MAX_KEYPOINTS),
-        "keypoint_count": np.array(len(record.keypoints), np.uint16),
-        "masks": pack(gifts.masks.stack),
-        "mask_table": _padded(gifts.masks.table, MAX_MASKS),
-        "mask_count": np.array(len(gifts.masks.stack), np.uint16),
-        "name": record.name,
-        "box": np.array(record.box, np.int32),
-        "source_sha256": np.frombuffer(bytes.fromhex(record.source_sha256), np.uint8),
-        "sha256": np.frombuffer(digest(stored), np.uint8),
-        "failure": "",
-    }
-
-
-def _blank(failure: Failure, spec: StoreSpec) -> Record:
-    height, width = spec.image_size
-    masks = Masks(np.zeros((0, height, width), bool), np.zeros((0, len(MASK_COLUMNS)), np.float32))
-    blank = np.zeros((height, width), np.uint8)
-    gifts = Gifts(np.zeros(spec.embedding, np.float32), masks, blank.astype(np.uint16), blank)
-    image, keypoints = np.zeros((height, width, 3), np.uint8), np.zeros((0, 3), np.float32)
-    return Record(failure.name, "0" * 64, (0, 0, 0, 0), image, gifts, keypoints)
-
-
-def _padded(rows: np.ndarray, length: int) -> np.ndarray:
-    padded = np.zeros((length, *rows.shape[1:]), rows.dtype)
-    padded[: len(rows)] = rows
-    return padded

@@ -1,33 +1,38 @@
 """The Segment Anything Model as a teacher: embedding, groups and edges of an image from one pass of its image encoder.
 
-The only file that imports segment_anything, and only once a teacher is made. Groups are the masks of SAM's own
-automatic generator with its default settings; edges follow the zero-shot edge detection of Kirillov et al. 2023,
-appendix D.2 (``samfeat.teacher_cache.edges``). The paper's section III-B says what the student learns from each.
+The only file that imports segment_anything, and only once a teacher is made; ``sam_encoder``, ``sam_decoder`` and
+``sam_masks`` run its weights. Groups are the masks of SAM's own automatic generator with its default settings; edges
+follow the zero-shot edge detection of Kirillov et al. 2023, appendix D.2 (``samfeat.teacher_cache.edges``). The paper's
+section III-B says what the student learns from each.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from samfeat.teacher_cache.checkpoints import CHECKPOINTS, file_sha256, official_checkpoint
 from samfeat.teacher_cache.edges import Style, check_finish, edge_map
 from samfeat.teacher_cache.grouping import describe, paint, sort_masks
-from samfeat.teacher_cache.schema import Gifts, Masks
+from samfeat.teacher_cache.schema import Gifts
 
 if TYPE_CHECKING:
-    from segment_anything import SamPredictor
     from segment_anything.modeling import Sam
 
+    from samfeat.teacher_cache.sam_masks import Found, Frame
+
 Precision = Literal["auto", "float32", "bfloat16"]
+
+IMAGES_AT_ONCE = {"cpu": 1, "cuda": 8}  # encoded and decoded together
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,8 @@ class SamParameters:
 
     Attributes:
         points_per_side: the mask generator prompts SAM with a grid of this many points squared.
-        points_per_batch: prompts that are decoded together, by the generator and for the edges.
+        points_per_batch: prompts whose masks are rid of duplicates together, before all are (edges only; the groups and
+            the speed do not depend on it).
         pred_iou_thresh: masks whose predicted IoU is not above this are no groups.
         stability_score_thresh: masks less stable than this are no groups.
         stability_score_offset: shift of the logit threshold that measures stability.
@@ -73,7 +79,8 @@ class SamParameters:
 class SamTeacher:
     """SAM as a :class:`~samfeat.teacher_cache.schema.Teacher`.
 
-    Calls from several threads are served one after the other: the model knows one image at a time.
+    Calls from several threads share the device one after the other, but not the CPU's work before and after. A GPU
+    handles eight images together: give it as many at once.
 
     Args:
         model: ``vit_h``, ``vit_l`` or ``vit_b``.
@@ -124,26 +131,25 @@ class SamTeacher:
     def _hold(
         self, sam: Sam, model: str, checkpoint_sha256: str, precision: Precision, parameters: SamParameters
     ) -> None:
-        from segment_anything import SamAutomaticMaskGenerator
-        from segment_anything.utils.amg import build_point_grid
+        from samfeat.teacher_cache.sam_decoder import SamDecoder
+        from samfeat.teacher_cache.sam_encoder import SamEncoder
 
-        self.parameters = parameters
-        self._sam = sam.eval()
-        self._lock = threading.Lock()
-        self._edge_points = build_point_grid(parameters.edge_points_per_side)
-        self._generator = SamAutomaticMaskGenerator(
-            sam,
-            points_per_side=parameters.points_per_side,
-            points_per_batch=parameters.points_per_batch,
-            pred_iou_thresh=parameters.pred_iou_thresh,
-            stability_score_thresh=parameters.stability_score_thresh,
-            stability_score_offset=parameters.stability_score_offset,
-            box_nms_thresh=parameters.box_nms_thresh,
-        )
         if precision == "auto":
             precision = "bfloat16" if sam.device.type == "cuda" else "float32"
-        self._generator.predictor = self._predictor = _one_pass_predictor(sam, half=precision == "bfloat16")
+        self.parameters = parameters
         self._identity = {"model": model, "checkpoint_sha256": checkpoint_sha256, "precision": precision}
+        self._lock = threading.Lock()
+        self._sam = sam.eval()
+        with torch.inference_mode():
+            self._encoder = SamEncoder(sam.image_encoder, dtype=getattr(torch, precision))
+            self._decoder = SamDecoder(sam)
+
+    def __getstate__(self) -> tuple[Any, ...]:
+        """The network and what it is asked; a copy in another process makes the rest anew."""
+        return self._sam, *self._identity.values(), self.parameters
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self._hold(*state)
 
     def provenance(self) -> dict[str, Any]:
         """Name, model, digest of the checkpoint, precision of the encoder, and all of :class:`SamParameters`."""
@@ -156,10 +162,9 @@ class SamTeacher:
         pixels. The cells of the padding are cropped: h and w are the scaled sides / 16, rounded half up, at least 1.
         The last cell of a side that 16 does not divide is thus up to half padding, or misses up to half a cell.
         """
-        encoder, prompts = self._sam.image_encoder, self._sam.prompt_encoder
-        input_size = self._predictor.transform.get_preprocess_shape(*image_size, encoder.img_size)
-        stride = encoder.img_size // prompts.image_embedding_size[0]
-        rows, columns = (max(1, int(side / stride + 0.5)) for side in input_size)
+        prompts, frame = self._sam.prompt_encoder, self._frame(image_size)
+        stride = frame.side // prompts.image_embedding_size[0]
+        rows, columns = (max(1, int(side / stride + 0.5)) for side in frame.scaled)
         return prompts.embed_dim, rows, columns
 
     def __call__(self, images: np.ndarray) -> list[Gifts]:
@@ -172,55 +177,71 @@ class SamTeacher:
         """
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape[1:]:
             raise ValueError(f"images are uint8 [B, H, W, 3], got {images.dtype} {images.shape}")
+        step = IMAGES_AT_ONCE[self._sam.device.type]
+        return [gifts for k in range(0, len(images), step) for gifts in self._teach(images[k : k + step])]
+
+    def _frame(self, image_size: tuple[int, int]) -> Frame:
+        from segment_anything.utils.transforms import ResizeLongestSide
+
+        from samfeat.teacher_cache.sam_masks import Frame
+
+        side = self._sam.image_encoder.img_size
+        return Frame(image_size, ResizeLongestSide.get_preprocess_shape(*image_size, side), side)
+
+    def _teach(self, images: np.ndarray) -> list[Gifts]:
+        """Gifts of as many images as the device holds; what the CPU does before and after runs outside the lock."""
+        frame = self._frame(images.shape[1:3])
+        resized = (Image.fromarray(image).resize(frame.scaled[::-1], Image.Resampling.BILINEAR) for image in images)
+        scaled = np.stack([np.asarray(image) for image in resized])
         with self._lock, torch.inference_mode():
-            return [self._teach(image) for image in images]
+            seen = self._see(torch.from_numpy(scaled), frame)
+        return [self._gifts(*each) for each in zip(*seen)]
 
-    def _teach(self, image: np.ndarray) -> Gifts:
-        masks = self._masks(image)  # encodes the image; the predictor keeps it for the rest
-        _, rows, columns = self.embedding_shape(image.shape[:2])
-        embedding = self._predictor.get_image_embedding()[0, :, :rows, :columns]
-        return Gifts(embedding.cpu().numpy().copy(), masks, paint(masks.stack), self._edges(image.shape[:2]))
+    def _see(self, scaled: Tensor, frame: Frame) -> tuple[np.ndarray, list[Found], list[np.ndarray]]:
+        """Embeddings, masks and edge maps of ``scaled``, uint8 [b, h, w, 3], on the CPU."""
+        from samfeat.teacher_cache.sam_masks import Found, find_edge_masks, find_masks
 
-    def _masks(self, image: np.ndarray) -> Masks:
-        records = self._generator.generate(image)
-        if not records:
-            return Masks(np.zeros((0, *image.shape[:2]), bool), np.zeros((0, 7), np.float32))
-        stack = np.stack([record["segmentation"] for record in records])
-        table = describe(
-            stack,
-            predicted_iou=np.clip([record["predicted_iou"] for record in records], 0, 1),  # SAM's guess overshoots
-            stability_score=np.array([record["stability_score"] for record in records]),
+        ask, decoder = self.parameters, self._decoder
+        pixels = self._sam.preprocess(scaled.to(self._sam.device).permute(0, 3, 1, 2))
+        embeddings = self._encoder(pixels)
+        images = decoder.image_side(embeddings)
+        found = find_masks(
+            decoder,
+            images,
+            frame,
+            points_per_side=ask.points_per_side,
+            pred_iou_thresh=ask.pred_iou_thresh,
+            stability_score_thresh=ask.stability_score_thresh,
+            stability_score_offset=ask.stability_score_offset,
+            box_nms_thresh=ask.box_nms_thresh,
         )
-        return sort_masks(stack, table)
-
-    def _edges(self, size: tuple[int, int]) -> np.ndarray:
-        """The edge map of the image that the predictor knows."""
-        batches = [self._without_duplicates(*batch) for batch in self._edge_masks(size)]
-        logits, _ = self._without_duplicates(torch.cat([b[0] for b in batches]), torch.cat([b[1] for b in batches]))
-        return edge_map(
-            logits.sigmoid(),
-            logits > self._sam.mask_threshold,
-            blur=self.parameters.edge_blur,
-            style=self.parameters.edge_style,
-            border=self.parameters.edge_border,
+        edge_masks = find_edge_masks(
+            decoder,
+            images,
+            frame,
+            points_per_side=ask.edge_points_per_side,
+            points_per_batch=ask.points_per_batch,
+            box_nms_thresh=ask.box_nms_thresh,
         )
+        edges = [
+            edge_map(
+                logits.sigmoid(),
+                logits > decoder.mask_threshold,
+                blur=ask.edge_blur,
+                style=ask.edge_style,
+                border=ask.edge_border,
+            )
+            for logits in edge_masks
+        ]
+        _, rows, columns = self.embedding_shape(frame.image)
+        cropped = embeddings[:, :, :rows, :columns].cpu().numpy()
+        return cropped, [Found(*(field.cpu() for field in each)) for each in found], edges
 
-    def _edge_masks(self, size: tuple[int, int]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Logits [K, H, W] and predicted IoU [K] of every batch of prompts, three masks a prompt."""
-        points = self._predictor.transform.apply_coords(self._edge_points * np.array(size)[::-1], size)
-        for batch in torch.as_tensor(points, device=self._sam.device).split(self.parameters.points_per_batch):
-            labels = torch.ones((len(batch), 1), dtype=torch.int, device=batch.device)
-            logits, predicted_iou, _ = self._predictor.predict_torch(batch[:, None], labels, return_logits=True)
-            yield logits.flatten(0, 1), predicted_iou.flatten(0, 1)
-
-    def _without_duplicates(self, logits: Tensor, predicted_iou: Tensor) -> tuple[Tensor, Tensor]:
-        """Those that survive non-maximum suppression of their boxes, best first."""
-        from segment_anything.utils.amg import batched_mask_to_box
-        from torchvision.ops import nms
-
-        boxes = batched_mask_to_box(logits > self._sam.mask_threshold).float()
-        kept = nms(boxes, predicted_iou, self.parameters.box_nms_thresh)
-        return logits[kept], predicted_iou[kept]
+    def _gifts(self, embedding: np.ndarray, found: Found, edges: np.ndarray) -> Gifts:
+        stack, predicted_iou, stability = (field.numpy() for field in found)
+        table = describe(stack, predicted_iou=np.clip(predicted_iou, 0, 1), stability_score=stability)
+        masks = sort_masks(stack, table)
+        return Gifts(embedding.copy(), masks, paint(masks.stack), edges)
 
 
 def load_sam(path: Path, *, model: str) -> tuple[Sam, str]:
@@ -284,23 +305,3 @@ def _device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"no device {name!r} here ({torch.cuda.device_count()} GPUs): use cpu or auto")
     return device
-
-
-def _one_pass_predictor(sam: Sam, *, half: bool) -> SamPredictor:
-    """A predictor that still knows its image after the mask generator is done with it, so that one pass serves all."""
-    from segment_anything import SamPredictor
-
-    class OnePassPredictor(SamPredictor):
-        is_image_set = False
-        features: Tensor
-
-        def reset_image(self) -> None:
-            """Keep the image until the next one is set; the generator would forget it here."""
-
-        def set_torch_image(self, transformed_image: Tensor, original_image_size: tuple[int, ...]) -> None:
-            """Encode in bfloat16 where wanted; the rest, positional codes above all, needs float32."""
-            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half):
-                super().set_torch_image(transformed_image, original_image_size)
-            self.features = self.features.float()
-
-    return OnePassPredictor(sam)

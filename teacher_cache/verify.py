@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from samfeat.teacher_cache.rows import digest, record_of
 from samfeat.teacher_cache.schema import MAX_KEYPOINTS, MAX_MASKS
-from samfeat.teacher_cache.store import TeacherCache, digest
+from samfeat.teacher_cache.store import TeacherCache
 
 
 class Problem(NamedTuple):
@@ -25,28 +26,46 @@ def verify(store: TeacherCache) -> Iterator[Problem | int]:
     values; labels no larger than the number of masks; groups and areas agree with the masks; keypoints and
     correspondences inside their images.
     """
-    missing = set(store.missing())
+    try:
+        missing = set(store.missing())
+    except ValueError as error:
+        yield Problem(-1, str(error))
+        return
     if missing:
         yield Problem(-1, f"{len(missing)} of {store.spec.shards} shards are missing: {sorted(missing)[:10]}")
-    names = [name for name in store.names if name]
-    if len(set(names)) != len(names):
-        yield Problem(-1, "image names are not unique")
-    for image in range(len(store)):
-        if image // store.spec.shard_images not in missing and image not in store.failures:
+    names: set[str] = set()
+    for shard in range(store.spec.shards):
+        images = store.spec.shard_range(shard)
+        if shard not in missing:
             try:
-                yield from (Problem(image, text) for text in _problems(store, image))
-            except (ValueError, RuntimeError, OSError, KeyError) as error:  # what zarr raises on damaged bytes
+                yield from _problems_of_shard(store, shard, names)
+            except (ValueError, OSError) as error:
+                yield Problem(images.start, f"its shard cannot be read: {error}")
+        yield from images
+
+
+def _problems_of_shard(store: TeacherCache, shard: int, names: set[str]) -> Iterator[Problem]:
+    """Problems of all images of a shard; adds their names to ``names``."""
+    columns = {name: store.column(name, shard).tolist() for name in ("name", "failure", "mask_count", "keypoint_count")}
+    rows = zip(store.spec.shard_range(shard), *columns.values(), strict=True)
+    for image, name, failure, masks, keypoints in rows:
+        if name in names:
+            yield Problem(image, f"its name, {name!r}, is not unique")
+        names.add(name)
+        if not failure:
+            try:
+                yield from (Problem(image, text) for text in _problems(store, image, masks, keypoints))
+            except (ValueError, OSError) as error:
                 yield Problem(image, f"cannot be read: {error}")
-        yield image
 
 
-def _problems(store: TeacherCache, image: int) -> Iterator[str]:
-    count, keypoints = (int(store.counts[name][image]) for name in ("masks", "keypoints"))
+def _problems(store: TeacherCache, image: int, count: int, keypoints: int) -> Iterator[str]:
     if count > MAX_MASKS or keypoints > MAX_KEYPOINTS:
         yield f"counts out of range: {count} masks, {keypoints} keypoints"
         return
-    record = store.record(image)
-    if digest(record) != store.stored_digest(image):
+    values = store.stored(image)
+    record = record_of(values)
+    if digest(values) != store.stored_digest(image):
         yield "the digest differs: the stored bytes have changed since they were written"
     gifts, (height, width) = record.gifts, store.spec.image_size
     if not all(np.isfinite(values).all() for values in (gifts.embedding, record.keypoints, gifts.masks.table)):

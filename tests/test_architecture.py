@@ -32,8 +32,8 @@ def test_import_contracts_hold():
     ("library", "home"),
     [
         ("segment_anything", "teacher_cache/teacher.py"),
-        ("zarr", "teacher_cache/store.py"),
-        ("dask", "pipelines/build_cache.py"),
+        ("zarr", "teacher_cache/layout.py"),
+        ("dask", "pipelines/cluster.py"),
         ("typer", "cli.py"),
     ],
 )

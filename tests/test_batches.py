@@ -67,26 +67,44 @@ def test_real_items_are_the_stored_pair(store):
     raw = raw_batch(store, REAL, SYNTHETIC)
     pair = store.pair(1)
     for side in (0, 1):
-        targets = store[pair.images[side]]
-        np.testing.assert_array_equal(raw.images[side, 0], targets.image)
-        np.testing.assert_array_equal(raw.embedding[side, 0], targets.embedding)
-        np.testing.assert_array_equal(raw.groups[side, 0], targets.groups)
+        targets, row = store[pair.images[side]], raw.sides[side, 0]
+        np.testing.assert_array_equal(raw.images[row], targets.image)
+        np.testing.assert_array_equal(raw.embedding[row], targets.embedding)
+        np.testing.assert_array_equal(raw.embedding_scale[row], targets.embedding_scale)
+        np.testing.assert_array_equal(raw.groups[row], targets.groups)
+        np.testing.assert_array_equal(raw.edges[row], targets.edges)
         count = len(targets.keypoints)
-        np.testing.assert_array_equal(raw.keypoints[side, 0, :count], targets.keypoints[:, :2])
-        assert raw.keypoint_mask[side, 0].sum() == count
+        np.testing.assert_array_equal(raw.keypoints[row, :count], targets.keypoints[:, :2])
+        assert raw.keypoint_mask[row].sum() == raw.keypoint_mask[row, :count].sum() == count
         np.testing.assert_array_equal(raw.points[side, 0], pair.points[side])
     np.testing.assert_array_equal(raw.valid[0], pair.valid)
     assert raw.synthetic.tolist() == [False, True]
-    np.testing.assert_array_equal(raw.images[0, 1], raw.images[1, 1])
+    assert raw.sides.tolist() == [[0, 2], [1, 2]]  # three images: both sides of the synthetic item are the same
+    assert len(raw.images) == 3
+
+
+def test_only_labels_above_the_threshold_are_kept(store):
+    scores = store[4].keypoints[:, 2]
+    threshold = float(np.median(scores))
+    raws = [
+        raw_batch(store, SYNTHETIC, data=DataConfig(label_threshold=t), seed=seed)
+        for t in (0, threshold)
+        for seed in (0, 1)
+    ]
+    images = [int(4 + np.array_equal(raw.images[0], store[5].image)) for raw in raws]
+    for raw, image, least in zip(raws, images, (0, 0, threshold, threshold)):
+        kept = store[image].keypoints[store[image].keypoints[:, 2] >= least]
+        np.testing.assert_array_equal(raw.keypoints[0][raw.keypoint_mask[0]], kept[:, :2])
 
 
 def test_real_pairs_pass_the_warp_unchanged(store):
     raw = raw_batch(store, REAL, SYNTHETIC)
     batch = make_batch(raw, QUIET, generator())
     right = 2 + 0
-    torch.testing.assert_close(batch.images[right], raw.images[1, 0].permute(2, 0, 1) / 127.5 - 1)
-    torch.testing.assert_close(batch.embedding[right], raw.embedding[1, 0].float())
-    torch.testing.assert_close(batch.edges[right], raw.edges[1, 0].float())
+    torch.testing.assert_close(batch.images[right], raw.images[1].permute(2, 0, 1) / 127.5 - 1)
+    embedding = torch.from_numpy(store.record(store.pair(1).images[1]).gifts.embedding)
+    torch.testing.assert_close(batch.embedding[right], embedding)
+    torch.testing.assert_close(batch.edges[right], raw.edges[1].float())
     assert batch.supervised[right].all()
     assert batch.label_mask[right].all()
     torch.testing.assert_close(batch.points[1, 0], raw.points[1, 0])
@@ -102,13 +120,13 @@ def test_synthetic_views_show_at_the_right_point_what_the_left_point_shows(store
         assert valid.sum() > 50
         homography, inliers = cv2.findHomography(left, right, cv2.RANSAC, 0.01)
         assert inliers.all()  # one homography explains every correspondence
-        image = (raw.images[0, row].numpy()).astype(np.float32)
+        image = (raw.images[row].numpy()).astype(np.float32)
         expected = cv2.warpPerspective(image, homography, SIZE[::-1], flags=cv2.INTER_LINEAR)
         got = ((batch.images[count + row] + 1) * 127.5).permute(1, 2, 0).numpy()
         inside = cv2.erode(batch.label_mask[count + row].numpy(), np.ones((5, 5))) > 0
         assert np.abs(expected - got)[inside].mean() < 2  # cv2 rounds positions to 1/32 pixel
         groups = cv2.warpPerspective(
-            raw.groups[0, row].numpy().astype(np.float32), homography, SIZE[::-1], flags=cv2.INTER_NEAREST
+            raw.groups[row].numpy().astype(np.float32), homography, SIZE[::-1], flags=cv2.INTER_NEAREST
         )
         x, y = right.round().astype(int).T
         agree = batch.groups[count + row].numpy()[valid] == groups[y, x]

@@ -10,6 +10,7 @@ from PIL import Image
 from toys import LABELS, SIZE, ToySource, ToyTeacher, toy_store, tree_bytes
 
 from samfeat.pipelines.build_cache import build_cache, label_detector, make_teacher, open_source, teacher_of
+from samfeat.pipelines.cluster import Workers
 from samfeat.student.extractor import SAMFeat
 from samfeat.teacher_cache.keypoints import LabelConfig
 from samfeat.teacher_cache.schema import Provenance
@@ -33,7 +34,7 @@ class Interrupting(ToyTeacher):
 
 
 def build(path, source=None, teacher=None, **options):
-    settings = {"labels": LABELS, "shard_images": 4, "workers": 2} | options
+    settings = {"labels": LABELS, "shard_images": 4, "workers": Workers(threads=2)} | options
     return build_cache(path, source or ToySource(9), teacher or ToyTeacher(), **settings)
 
 
@@ -78,8 +79,8 @@ def test_a_finished_store_is_left_alone(tmp_path):
 
 @pytest.mark.parametrize("workers", [1, 4])
 def test_the_number_of_workers_does_not_show(tmp_path, workers):
-    build(tmp_path / "a.zarr", workers=2)
-    build(tmp_path / "b.zarr", workers=workers)
+    build(tmp_path / "a.zarr", workers=Workers(threads=2))
+    build(tmp_path / "b.zarr", workers=Workers(threads=workers))
     assert tree_bytes(tmp_path / "a.zarr") == tree_bytes(tmp_path / "b.zarr")
 
 

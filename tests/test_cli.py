@@ -156,7 +156,7 @@ def test_a_store_of_another_version_and_an_unfinished_one(fails, tmp_path):
     assert "is unfinished: 1 of 2 shards are missing" in fails("train", "--cache", "cache")
     assert "problems found" in fails("inspect-cache", "cache", "--verify", "--recompute", 0)
     group.attrs["version"] = 9
-    assert "format version 9, this program reads version 1" in fails("train", "--cache", "cache")
+    assert "format version 9, this program reads version 2" in fails("train", "--cache", "cache")
 
 
 def test_a_store_goes_on_only_with_the_same_settings(run, fails, tmp_path):

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from samfeat.pipelines.build_cache import build_cache
+from samfeat.pipelines.cluster import Workers
 from samfeat.teacher_cache.grouping import paint, sort_masks
 from samfeat.teacher_cache.images import SourceItem
 from samfeat.teacher_cache.keypoints import LabelConfig
@@ -49,7 +50,9 @@ class ToyTeacher:
         channels, rows, columns = self.embedding_shape(image.shape[:2])
         cells = grey.reshape(rows, 8, columns, 8).mean(axis=(1, 3))
         waves = np.arange(1, channels + 1)[:, None, None]
-        embedding = (self.strength * np.sin(waves * cells / 40)).astype(np.float32)
+        embedding = np.round(127 * np.sin(waves * cells / 40)).astype(np.float32)
+        embedding[0] = 127  # the largest value everywhere, so that a store gives the embedding back exactly
+        embedding *= np.float32(self.strength / 128)
         edges = np.abs(np.gradient(grey)[1]).clip(0, 255).astype(np.uint8)
         return Gifts(embedding, masks, paint(masks.stack), edges)
 
@@ -93,7 +96,7 @@ def toy_store(path: Path, items: int = 6, *, paired: bool = True, shard_images: 
         ToyTeacher(),
         labels=LABELS,
         shard_images=shard_images,
-        workers=2,
+        workers=Workers(threads=2),
     )
     return TeacherCache.open(path)
 

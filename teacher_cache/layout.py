@@ -1,0 +1,121 @@
+"""The zarr side of a store: its metadata and its arrays. Only this file imports zarr."""
+
+from __future__ import annotations
+
+import sys
+from math import prod
+from typing import Any
+
+import numpy as np
+import zarr
+from upath import UPath
+from zarr import Array, Group
+from zarr.abc.codec import BytesBytesCodec
+from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, ShardingCodec, ZstdCodec
+from zarr.core.metadata.v3 import ArrayV3Metadata
+from zarr.storage import FsspecStore, LocalStore
+
+from samfeat.teacher_cache.reader import ChunkReader
+from samfeat.teacher_cache.schema import ArraySpec, Codec, StoreSpec
+
+__all__ = ["Array", "Group", "chunk_reader", "one_line", "open_array", "open_group", "write_metadata"]
+
+CODECS: dict[Codec, tuple[BytesBytesCodec, ...]] = {
+    "none": (),
+    "lz4": (BloscCodec(cname="lz4hc", clevel=5, shuffle="noshuffle", blocksize=0, typesize=1), Crc32cCodec()),
+    "zstd": (ZstdCodec(level=9, checksum=True),),
+}
+
+
+def write_metadata(path: UPath, spec: StoreSpec, attributes: dict[str, Any]) -> None:
+    """Arrays first, the group's attributes last: without them, there is no store yet.
+
+    Raises:
+        FileExistsError: there is one.
+    """
+    group = zarr.open_group(_location(path, writable=True), mode="a", zarr_format=3)
+    if "format" in group.attrs:
+        raise FileExistsError(f"{path} exists already: open it, or choose another name")
+    for array in spec.arrays():
+        group.create_array(
+            array.name,
+            overwrite=True,
+            shape=array.shape,
+            chunks=array.chunks,
+            shards=array.shards,
+            dtype=array.dtype,
+            compressors=CODECS[array.codec],
+            dimension_names=array.dimensions,
+            attributes={"description": array.description, **({"unit": array.unit} if array.unit else {})},
+        )
+    group.update_attributes(attributes)
+
+
+def open_group(path: UPath, *, writable: bool) -> Group:
+    """The group of a store.
+
+    Raises:
+        ValueError: there is no readable one.
+    """
+    try:
+        return zarr.open_group(_location(path, writable=writable), mode="r+" if writable else "r")
+    except PermissionError:
+        raise
+    except Exception as error:  # zarr raises many kinds for damaged metadata
+        raise ValueError(f"{path} is not a teacher cache: no readable zarr.json in it ({one_line(error)})") from error
+
+
+def open_array(group: Group, spec: ArraySpec, path: UPath) -> Array[Any]:
+    """One array of a store, as the format says it is.
+
+    Raises:
+        ValueError: it is missing, damaged or another one.
+    """
+    try:
+        array = group.get(spec.name)
+    except PermissionError:
+        raise
+    except Exception as error:  # zarr raises many kinds for damaged metadata
+        raise ValueError(
+            f"{path}: array {spec.name!r} cannot be opened ({one_line(error)}): rebuild the store"
+        ) from error
+    if not isinstance(array, zarr.Array) or array.shape != spec.shape:
+        raise ValueError(f"{path}: array {spec.name!r} is missing or not of shape {spec.shape}: rebuild the store")
+    items = np.dtypes.StringDType() if spec.dtype == "string" else np.dtype(spec.dtype)
+    if (array.dtype, array.chunks, array.shards, bool(array.fill_value)) != (items, spec.chunks, spec.shards, False):
+        raise ValueError(f"{path}: array {spec.name!r} is not stored as the format says: rebuild the store")
+    return array.with_config({"write_empty_chunks": not spec.sparse})
+
+
+def chunk_reader(array: Array[Any], path: UPath) -> ChunkReader | None:
+    """What reads chunks without zarr; None for text, for a store elsewhere than in local files, for other codecs."""
+    store, metadata = array.store, array.metadata
+    if not (isinstance(store, LocalStore) and isinstance(metadata, ArrayV3Metadata) and array.shards):
+        return None
+    codec, names = metadata.codecs[0], metadata.dimension_names
+    items = BytesCodec(endian="little" if array.dtype.itemsize > 1 else None)
+    known = {name: ShardingCodec(chunk_shape=array.chunks, codecs=[items, *more]) for name, more in CODECS.items()}
+    found = [name for name, sharding in known.items() if sharding == codec]
+    if not found or sys.byteorder != "little":
+        return None
+    return ChunkReader(
+        store=str(path),
+        name=array.basename,
+        counted=str(names[0] if names else ""),
+        folder=str(store.root / array.path),
+        axes=array.ndim,
+        shard_rows=array.shards[0],
+        row_chunks=prod(s // c for s, c in zip(array.shards[1:], array.chunks[1:])),
+        fill_value=array.fill_value,
+        codec=found[0],
+    )
+
+
+def one_line(error: Exception) -> str:
+    """Kind and text of an exception, in one line."""
+    return " ".join(f"{type(error).__name__} {error}".split())
+
+
+def _location(path: UPath, *, writable: bool) -> UPath | FsspecStore:
+    """What zarr opens."""
+    return FsspecStore.from_url(str(path), read_only=not writable) if path.protocol else path

@@ -1,0 +1,241 @@
+"""Stage one when things go wrong. However it ends, the same command leads to the bytes of an undisturbed run."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+from toys import LABELS, ToySource, ToyTeacher, tree_bytes
+
+from samfeat.pipelines.build_cache import build_cache, open_source
+from samfeat.pipelines.cluster import Workers
+from samfeat.teacher_cache.store import TeacherCache
+from samfeat.teacher_cache.verify import Problem, verify
+
+TESTS = Path(__file__).parent
+ITEMS = 40
+KILLS = 20
+
+
+def start(path: Path | str, *options: str, prefix: tuple[str, ...] = (), **environment: str) -> subprocess.Popen[str]:
+    command = [*prefix, sys.executable, str(TESTS / "driver.py"), str(path), f"items={ITEMS}", *options]
+    variables = os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"} | environment
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=variables)
+
+
+def said(process: subprocess.Popen[str], word: str) -> bool:
+    """Wait until a process says a word; False where it ends without."""
+    assert process.stdout
+    return any(word in line for line in process.stdout)
+
+
+def build(path: Path, **options):
+    settings = {"labels": LABELS, "shard_images": 4, "workers": Workers(threads=2), "report": lambda _: None} | options
+    return build_cache(path, ToySource(ITEMS), ToyTeacher(), **settings)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory):
+    path = tmp_path_factory.mktemp("undisturbed") / "a.zarr"
+    build(path)
+    return tree_bytes(path)
+
+
+def nothing_half_written_counts(path: Path, whole: dict[str, bytes]) -> int:
+    """Every image of a shard that is done is that of the undisturbed run; returns the number of such shards."""
+    cache = TeacherCache.open(path)
+    missing = set(cache.missing())
+    for found in verify(cache):
+        assert not (isinstance(found, Problem) and found.image >= 0), found
+    for shard in set(range(cache.spec.shards)) - missing:
+        for name in ("image", "embedding", "groups", "edges", "keypoints"):
+            files = [key for key in whole if key.startswith(f"{name}/c/{shard}/")]
+            assert files
+            assert all((path / key).read_bytes() == whole[key] for key in files)
+    return cache.spec.shards - len(missing)
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments(tmp_path, undisturbed):
+    moments, path, deaths = random.Random(1), tmp_path / "a.zarr", 0
+    for _ in range(KILLS):
+        process = start(path, "pause=0.02")
+        assert said(process, "started")
+        time.sleep(moments.uniform(0, 0.15))
+        process.kill()
+        deaths += process.wait() == -signal.SIGKILL
+        nothing_half_written_counts(path, undisturbed)
+    assert deaths >= KILLS / 2
+    build(path)
+    assert tree_bytes(path) == undisturbed
+
+
+@pytest.mark.slow
+def test_workers_killed_at_random_moments(tmp_path, undisturbed):
+    moments, path, kills = random.Random(2), tmp_path / "a.zarr", 0
+    process = start(path, "pause=0.1", "workers=2", "shard_images=4")
+    assert said(process, "started")
+    while process.poll() is None and kills < KILLS:
+        time.sleep(moments.uniform(0.05, 0.3))
+        family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        workers = [child for child in family if "spawn_main" in " ".join(_command(child))]
+        if workers:
+            moments.choice(workers).kill()
+            kills += 1
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert kills >= 3
+    assert tree_bytes(path) == undisturbed
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def test_interrupted(tmp_path, undisturbed):
+    path = tmp_path / "a.zarr"
+    for _ in range(3):
+        process = start(path, "pause=0.01")
+        assert said(process, "started")
+        time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+        assert process.returncode not in (0, -signal.SIGKILL)
+        assert not (tmp_path / "a.zarr.locks").exists()
+        nothing_half_written_counts(path, undisturbed)
+    build(path)
+    assert tree_bytes(path) == undisturbed
+
+
+@pytest.mark.skipif(
+    subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode != 0
+    if shutil.which("unshare")
+    else True,
+    reason="makes a small file system of its own, which needs unshare and user namespaces",
+)
+@pytest.mark.parametrize("size", ["100k", "300k", "600k"])
+def test_a_full_disk(tmp_path, undisturbed, size):
+    disk, kept = tmp_path / "disk", tmp_path / "kept"
+    disk.mkdir()
+    script = (
+        f'mount -t tmpfs -o size={size} none {disk} && "$@"; code=$?; rm -rf {disk}/a.zarr.locks; '
+        f"cp -r {disk} {kept}; exit $code"
+    )
+    process = start(disk / "a.zarr", prefix=("unshare", "-rm", "sh", "-c", script, "sh"))
+    _, err = process.communicate(timeout=120)
+    assert process.returncode not in (0, None)
+    assert "No space left" in err
+    if (kept / "a.zarr").exists():
+        nothing_half_written_counts(kept / "a.zarr", undisturbed)
+    build(kept / "a.zarr")
+    assert tree_bytes(kept / "a.zarr") == undisturbed
+
+
+def test_moved_and_continued(tmp_path, undisturbed):
+    process = start(tmp_path / "a.zarr", "pause=0.01")
+    assert said(process, "started")
+    time.sleep(0.3)
+    process.kill()
+    process.wait()
+    moved = tmp_path / "other" / "b.zarr"
+    moved.parent.mkdir()
+    shutil.move(tmp_path / "a.zarr", moved)
+    build(moved)
+    assert tree_bytes(moved) == undisturbed
+
+
+def test_two_runs_of_one_store(tmp_path, undisturbed):
+    process = start(tmp_path / "a.zarr", "pause=0.03")
+    assert said(process, "started")
+    with pytest.raises(ValueError, match=f"is being written by process {process.pid} on "):
+        build(tmp_path / "a.zarr")
+    assert process.wait(timeout=60) == 0
+    assert tree_bytes(tmp_path / "a.zarr") == undisturbed
+
+
+def test_parts_by_independent_processes(tmp_path, undisturbed):
+    processes = [start(tmp_path / "a.zarr", f"part={k},3") for k in range(3)]
+    for process in processes:
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+    assert tree_bytes(tmp_path / "a.zarr") == undisturbed
+
+
+@pytest.mark.parametrize("name", ["image", "embedding", "groups", "edges", "masks", "keypoints", "name", "pair_points"])
+def test_a_flipped_bit_is_found_and_repaired(tmp_path, undisturbed, name):
+    path = tmp_path / "a.zarr"
+    build(path)
+    file = max(
+        (path / name).rglob("c/3/*" if name not in ("name",) else "c/*"), key=lambda f: f.is_file() and f.stat().st_size
+    )
+    if file.is_dir():
+        file = next(f for f in sorted(file.rglob("*")) if f.is_file())
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 16
+    file.write_bytes(data)
+    assert any(isinstance(found, Problem) for found in verify(TeacherCache.open(path)))
+    lines: list[str] = []
+    summary = build(path, repair=True, report=lines.append)
+    assert 0 < summary.written <= 8
+    assert any("made again" in line for line in lines)
+    assert tree_bytes(path) == undisturbed
+
+
+def test_a_photo_that_turns_unreadable_is_listed_and_later_repaired(tmp_path, undisturbed):
+    class Sick(ToySource):
+        def item(self, k):
+            if k == 7:
+                raise OSError(5, "Input/output error", "photo7.jpg")
+            return super().item(k)
+
+    summary = build_cache(
+        tmp_path / "a.zarr", Sick(ITEMS), ToyTeacher(), labels=LABELS, shard_images=4, workers=Workers(threads=2)
+    )
+    assert [name for name, _ in summary.failures] == ["unreadable#7.0", "unreadable#7.1"]
+    assert "Input/output error" in summary.failures[0][1]
+    assert build(tmp_path / "a.zarr").written == 0
+    summary = build(tmp_path / "a.zarr", repair=True)
+    assert (summary.written, summary.failures) == (4, [])
+    assert tree_bytes(tmp_path / "a.zarr") == undisturbed
+    with pytest.raises(OSError, match="Input/output error"):
+        build_cache(tmp_path / "b.zarr", Sick(ITEMS), ToyTeacher(), labels=LABELS, shard_images=4, strict=True)
+
+
+def test_a_bomb_and_a_giant_among_good_photographs(tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    rng = np.random.default_rng(0)
+    for k in range(4):
+        Image.fromarray(rng.integers(0, 255, (80, 90, 3), dtype=np.uint8)).save(photos / f"{k}.jpg")
+    Image.new("1", (20_000, 20_000)).save(photos / "giant.png")
+    header = struct.pack(">4sIIBBBBB", b"IHDR", 2_000_000, 2_000_000, 8, 2, 0, 0, 0)
+    bomb = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    (photos / "bomb.png").write_bytes(bomb)
+    (photos / "cut.jpg").write_bytes((photos / "0.jpg").read_bytes()[:900])
+    source = open_source(photos, crop_size=64)
+    before = psutil.Process().memory_info().rss
+    summary = build_cache(
+        tmp_path / "a.zarr", source, ToyTeacher(), labels=LABELS, shard_images=4, workers=Workers(threads=1)
+    )
+    assert psutil.Process().memory_info().rss - before < 200e6
+    assert sorted(reason.split(" is ")[0].rpartition("/")[2] for _, reason in summary.failures) == [
+        "bomb.png",
+        "cut.jpg",
+        "giant.png",
+    ]
+    assert len(TeacherCache.open(tmp_path / "a.zarr")) == 7

@@ -1,0 +1,141 @@
+"""Locks: real processes, killed ones, owners on other machines, clocks that are wrong."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+
+import pytest
+from upath import UPath
+
+from samfeat.teacher_cache import lock as lock_module
+from samfeat.teacher_cache.lock import lock_store
+
+HOLDER = """
+import sys, time
+from upath import UPath
+from samfeat.teacher_cache.lock import lock_store
+with lock_store(UPath(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def store(tmp_path):
+    return UPath(tmp_path / "a.zarr")
+
+
+@pytest.fixture
+def holder(store):
+    """Another process that holds the whole store."""
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(store)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def files(store):
+    return list((store.parent / f"{store.name}.locks").glob("*"))
+
+
+def elsewhere(store, **changes):
+    """The lock of an owner on another machine."""
+    folder = store.parent / f"{store.name}.locks"
+    folder.mkdir(exist_ok=True)
+    owner = {"host": "elsewhere", "boot": "1", "pid": 7, "started": "1", "part": [0, 1], "beat": 0.03, "count": 0}
+    (folder / "other.json").write_text(json.dumps(owner | changes))
+    return folder / "other.json"
+
+
+def test_the_second_is_told_who_the_first_is(store, holder):
+    with pytest.raises(ValueError, match=f"process {holder.pid} on {socket.gethostname()}"), lock_store(store):
+        pytest.fail("both hold the store")
+    assert len(files(store)) == 1
+
+
+def test_a_killed_owner_is_succeeded_at_once(store, holder):
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    said = []
+    with lock_store(store, report=said.append):
+        assert len(files(store)) == 1
+    assert f"process {holder.pid}" in said[0]
+    assert not (store.parent / f"{store.name}.locks").exists()
+
+
+def test_another_process_with_the_number_of_a_dead_one_is_not_it(store):
+    here = lock_module._here()
+    elsewhere(store, **here | {"started": "another time"})
+    with lock_store(store, report=lambda _: None):
+        pass
+    elsewhere(store, **here)
+    with pytest.raises(ValueError, match=f"process {os.getpid()} "), lock_store(store):
+        pytest.fail("held by this very process")
+
+
+@pytest.mark.parametrize("moment", [0, 1, 4_000_000_000])
+def test_an_owner_elsewhere_lives_while_its_number_grows_whatever_the_clocks_say(store, moment):
+    path, stop = elsewhere(store), threading.Event()
+
+    def live():
+        for count in itertools.count(1):
+            if stop.wait(0.02):
+                return
+            elsewhere(store, count=count)
+            os.utime(path, (moment, moment))
+
+    thread = threading.Thread(target=live)
+    thread.start()
+    try:
+        with pytest.raises(ValueError, match="process 7 on elsewhere"), lock_store(store):
+            pytest.fail("both hold the store")
+    finally:
+        stop.set()
+        thread.join()
+    os.utime(path, (moment, moment))
+    said = []
+    with lock_store(store, report=said.append):
+        assert len(files(store)) == 1
+    assert "process 7 on elsewhere" in said[0]
+
+
+def test_signs_of_life_are_given_and_released(store):
+    with lock_store(store, beat=0.01):
+        (path,) = files(store)
+        seen = set()
+        while len(seen) < 3:
+            seen.add(json.loads(path.read_text())["count"])
+    assert not (store.parent / f"{store.name}.locks").exists()
+    with pytest.raises(RuntimeError), lock_store(store):
+        raise RuntimeError
+    assert not (store.parent / f"{store.name}.locks").exists()
+
+
+@pytest.mark.parametrize("first", [(k, n) for n in (1, 2, 3, 4, 6) for k in range(n)])
+def test_parts_that_share_a_shard_exclude_each_other(store, first):
+    for other in [(k, n) for n in (1, 2, 3, 4, 6) for k in range(n)]:
+        shared = set(range(first[0], 50, first[1])) & set(range(other[0], 50, other[1]))
+        with lock_store(store, part=first):
+            if shared:
+                with pytest.raises(ValueError, match="is being written"), lock_store(store, part=other):
+                    pytest.fail("both hold a shard")
+            else:
+                with lock_store(store, part=other):
+                    assert len(files(store)) == 2
+
+
+def test_rubbish_in_the_folder_is_ignored(store):
+    folder = elsewhere(store).parent
+    for name, text in (("a.json", ""), ("b.json", "{}"), ("c.json", "[1]"), ("d.txt", "hello")):
+        (folder / name).write_text(text)
+    (folder / "other.json").unlink()
+    with lock_store(store):
+        pass
