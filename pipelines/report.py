@@ -44,10 +44,11 @@ def draw_curves(folder: str | Path) -> Path:
     right.set(title="mean matching accuracy on held-out views", xlabel="step", ylabel="share of matches", ylim=(0, 1))
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    if rows:
+    if names:
         left.legend(
             loc="upper left", bbox_to_anchor=(0, -0.12), ncols=6, frameon=False, columnspacing=1, handlelength=1
         )
+    if right.has_data():
         right.legend(loc="lower right")
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=110)
