@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -19,13 +19,14 @@ from upath import UPath
 
 from samfeat.pipelines.cluster import Workers, make_shards
 from samfeat.pipelines.pairs import MegaDepthSource
-from samfeat.teacher_cache.images import FolderSource, ImageSource, MtldescSource
+from samfeat.teacher_cache.images import FolderSource, ImageSource, MtldescSource, SourceItem
 from samfeat.teacher_cache.keypoints import Detector, LabelConfig, adapt, opencv_detector
 from samfeat.teacher_cache.lock import lock_store
 from samfeat.teacher_cache.schema import (
     MAX_KEYPOINTS,
     POINTS,
     Failure,
+    Gifts,
     Provenance,
     Record,
     StoreSpec,
@@ -35,6 +36,7 @@ from samfeat.teacher_cache.schema import (
 from samfeat.teacher_cache.store import TeacherCache
 from samfeat.teacher_cache.verify import Problem, verify
 
+AT_ONCE = 8  # items that are read before the teacher sees them together
 WEIGHTS = (".safetensors", ".pt")
 RECORDED = ("samfeat", "torch", "segment-anything", "zarr", "numpy", "opencv-python", "scikit-image")
 
@@ -303,43 +305,49 @@ class _ShardMaker:
     def __call__(self, shard: int) -> None:
         per_item = 2 if self.source.paired else 1
         images = self.cache.spec.shard_range(shard)
+        items = range(images.start // per_item, images.stop // per_item)
         records: list[Record | Failure] = []
         pairs: Pairs = []
-        for item in range(images.start // per_item, images.stop // per_item):
+        for start in range(items.start, items.stop, AT_ONCE):
             if self.stopped:
                 return
-            made, pair = self._item(item)
-            records += made
-            pairs += pair
-            if self.advance:
-                self.advance(len(made))
+            found = [self._read(number) for number in range(start, min(start + AT_ONCE, items.stop))]
+            crops = [image for item in found if isinstance(item, SourceItem) for image in item.images]
+            gifts = iter(self.teacher(np.stack(crops)) if crops else [])
+            for number, item in enumerate(found, start):
+                made, pair = self._failed(number, item) if isinstance(item, str) else self._taught(number, item, gifts)
+                records += made
+                pairs += pair
+                if self.advance:
+                    self.advance(len(made))
         self.cache.write_shard(shard, records, pairs)
 
-    def _item(self, number: int) -> tuple[list[Record | Failure], Pairs]:
-        """Records of one item of the source and, where it is a pair, its correspondences."""
+    def _read(self, number: int) -> SourceItem | str:
+        """An item of the source, or why it cannot be used."""
         try:
-            item = self.source.item(number)
+            return self.source.item(number)
         except (ValueError, OSError) as error:
             if self.strict:
                 raise
-            sides = 2 if self.source.paired else 1
-            nothing = (np.zeros((2, POINTS, 2), np.float32), np.zeros(POINTS, bool))
-            return [Failure(f"unreadable#{number}.{side}", str(error)) for side in range(sides)], [nothing] * (
-                sides - 1
-            )
+            return str(error)
+
+    def _taught(self, number: int, item: SourceItem, gifts: Iterator[Gifts]) -> tuple[list[Record | Failure], Pairs]:
+        """Records of one item and, where it is a pair, its correspondences."""
         records: list[Record | Failure] = []
-        for side, gifts in enumerate(self.teacher(np.stack(item.images))):
-            image = item.images[side]
+        for side, image in enumerate(item.images):
             if item.keypoints is not None:
                 keypoints = item.keypoints[side]
             else:
                 keypoints = adapt(image, self.detector, self.labels, seed=2 * number + side + (self.seed << 32))
-            records.append(
-                Record(item.names[side], item.sha256[side], item.boxes[side], image, gifts, keypoints[:MAX_KEYPOINTS])
-            )
-        if item.points is None or item.valid is None:
-            return records, []
-        return records, [(item.points, item.valid)]
+            labels = keypoints[:MAX_KEYPOINTS]
+            records.append(Record(item.names[side], item.sha256[side], item.boxes[side], image, next(gifts), labels))
+        return records, [] if item.points is None or item.valid is None else [(item.points, item.valid)]
+
+    def _failed(self, number: int, reason: str) -> tuple[list[Record | Failure], Pairs]:
+        """Places of one item that cannot be used."""
+        sides = 2 if self.source.paired else 1
+        nothing = (np.zeros((2, POINTS, 2), np.float32), np.zeros(POINTS, bool))
+        return [Failure(f"unreadable#{number}.{side}", reason) for side in range(sides)], [nothing] * (sides - 1)
 
 
 def _forget_damaged(cache: TeacherCache, shards: range, report: Callable[[str], None]) -> None:

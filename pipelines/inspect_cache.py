@@ -71,7 +71,7 @@ def picture_of_image(stores: Sequence[TeacherCache], name: str, out: str | Path)
     """
     store, image = _find(stores, name)
     record = store.record(image)
-    save_png(out, panel([_tiles(record)], height=320))
+    save_png(out, panel([tiles(record)], height=320))
     return f"{record.name}: {len(record.gifts.masks.stack)} masks, {len(record.keypoints)} labels -> {out}"
 
 
@@ -88,7 +88,7 @@ def picture_of_pair(stores: Sequence[TeacherCache], pair: int, out: str | Path) 
     records = [store.record(image) for image in found.images]
     matches = _correspondences(store, pair)
     title = f"pair {pair}: {int(found.valid.sum())} correspondences, {min(SHOWN_MATCHES, int(found.valid.sum()))} drawn"
-    save_png(out, panel([[(title, matches)], *(_tiles(record) for record in records)], height=320))
+    save_png(out, panel([[(title, matches)], *(tiles(record) for record in records)], height=320))
     return f"{records[0].name} and {records[1].name}: {int(found.valid.sum())} correspondences -> {out}"
 
 
@@ -113,7 +113,7 @@ def write_gallery(
         rows = []
         for image in some:
             record = store.record(image)
-            cells = "".join(_figure(title, _thumbnail(picture)) for title, picture in _tiles(record))
+            cells = "".join(_figure(title, _thumbnail(picture)) for title, picture in tiles(record))
             pair = ""
             if store.spec.paired and image % 2 == 0 and image + 1 not in store.failures:
                 valid = int(store.pair(image // 2).valid.sum())
@@ -197,7 +197,8 @@ def _compare(stored: Gifts, again: Gifts) -> tuple[str, bool]:
     return line, difference <= RELATIVE_TOLERANCE * scale and groups <= 1e-3 and edges <= 1
 
 
-def _tiles(record: Record) -> list[tuple[str, np.ndarray]]:
+def tiles(record: Record) -> list[tuple[str, np.ndarray]]:
+    """Titled pictures of an image and of its targets, uint8 [.., .., 3], at least ``DRAWN`` pixels high and wide."""
     gifts, (height, width) = record.gifts, record.image.shape[:2]
     factor = _enlargement(record.image)
     size = (width * factor, height * factor)

@@ -49,9 +49,9 @@ def draw_curves(folder: str | Path) -> Path:
             loc="upper left", bbox_to_anchor=(0, -0.12), ncols=6, frameon=False, columnspacing=1, handlelength=1
         )
     if right.has_data():
-        right.legend(loc="lower right")
+        right.legend(loc="upper left", bbox_to_anchor=(0, -0.12), ncols=3, frameon=False)
     buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=110)
+    figure.savefig(buffer, dpi=140)
     return write_bytes(folder / "curves.png", buffer.getvalue())
 
 

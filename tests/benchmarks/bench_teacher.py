@@ -1,8 +1,8 @@
 """How much faster is the teacher than segment_anything on the same weights? Random weights, so nothing is downloaded.
 
-    python tests/benchmarks/bench_teacher.py [--device cpu|cuda] [--repeats 5] [--grid 12] [--out bench/teacher.md]
+    python tests/benchmarks/bench_teacher.py [--device cpu|cuda] [--repeats 3] [--grid 8] [--out bench/teacher.md]
 
-On the CPU: the parts and the whole of ViT-B side by side in one process, about four minutes on two cores. On a GPU:
+On the CPU: the parts and the whole of ViT-B side by side in one process, three to five minutes on two cores. On a GPU:
 images per second of ViT-B and ViT-H, encoder alone, generator, and stage one from JPEG files to a finished store.
 The weights are scaled so that the default predicted IoU passes about 40 % of the prompts.
 """
@@ -388,8 +388,8 @@ def main() -> None:
     """Print the tables and write them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--grid", type=int, default=12, help="points per side on the CPU; 32 on a GPU")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--grid", type=int, default=8, help="points per side on the CPU; 32 on a GPU")
     parser.add_argument("--models", nargs="+", default=["vit_b", "vit_h"], help="on a GPU; vit_b on the CPU")
     parser.add_argument("--files", type=int, default=256, help="photographs of stage one on a GPU")
     parser.add_argument("--out", type=Path, default=Path("bench/teacher.md"))
