@@ -12,6 +12,7 @@ import dataclasses
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,6 +29,8 @@ from samfeat.teacher_cache.schema import Gifts
 if TYPE_CHECKING:
     from segment_anything.modeling import Sam
 
+    from samfeat.teacher_cache.sam_decoder import SamDecoder
+    from samfeat.teacher_cache.sam_encoder import SamEncoder
     from samfeat.teacher_cache.sam_masks import Found, Frame
 
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -97,6 +100,7 @@ class SamTeacher:
     """
 
     name = "sam"
+    _recipe: tuple[Any, ...] | None = None  # arguments of the constructor, where it was used
 
     def __init__(
         self,
@@ -109,7 +113,8 @@ class SamTeacher:
     ) -> None:
         settings, target = SamParameters(**parameters), _device(device)
         sam, digest = load_sam(Path(checkpoint), model=model)
-        self._hold(sam.to(target), model, digest, precision, settings)
+        self._hold(sam, target, model, digest, precision, settings)
+        self._recipe = (model, str(Path(checkpoint).resolve()), device, precision, parameters)
 
     @classmethod
     def from_sam(
@@ -125,31 +130,41 @@ class SamTeacher:
             **parameters: fields of :class:`SamParameters`.
         """
         teacher = cls.__new__(cls)
-        teacher._hold(sam, model, checkpoint_sha256, precision, SamParameters(**parameters))
+        teacher._hold(sam, sam.device, model, checkpoint_sha256, precision, SamParameters(**parameters))
         return teacher
 
     def _hold(
-        self, sam: Sam, model: str, checkpoint_sha256: str, precision: Precision, parameters: SamParameters
+        self,
+        sam: Sam,
+        device: torch.device,
+        model: str,
+        checkpoint_sha256: str,
+        precision: Precision,
+        parameters: SamParameters,
     ) -> None:
-        from samfeat.teacher_cache.sam_decoder import SamDecoder
-        from samfeat.teacher_cache.sam_encoder import SamEncoder
-
         if precision == "auto":
-            precision = "bfloat16" if sam.device.type == "cuda" else "float32"
+            precision = "bfloat16" if device.type == "cuda" else "float32"
         self.parameters = parameters
         self._identity = {"model": model, "checkpoint_sha256": checkpoint_sha256, "precision": precision}
         self._lock = threading.Lock()
-        self._sam = sam.eval()
+        self._sam, self._device = sam.eval(), device
+
+    @cached_property
+    def _parts(self) -> tuple[SamEncoder, SamDecoder]:
+        """Encoder and decoder on the device, which sees nothing of them before the first image."""
+        from samfeat.teacher_cache.sam_decoder import SamDecoder
+        from samfeat.teacher_cache.sam_encoder import SamEncoder
+
+        sam = self._sam.to(self._device)
         with torch.inference_mode():
-            self._encoder = SamEncoder(sam.image_encoder, dtype=getattr(torch, precision))
-            self._decoder = SamDecoder(sam)
+            encoder = SamEncoder(sam.image_encoder, dtype=getattr(torch, self._identity["precision"]))
+            return encoder, SamDecoder(sam)
 
-    def __getstate__(self) -> tuple[Any, ...]:
-        """The network and what it is asked; a copy in another process makes the rest anew."""
-        return self._sam, *self._identity.values(), self.parameters
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        self._hold(*state)
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A teacher from a checkpoint travels as the way to load it, which has to be there where it arrives."""
+        if self._recipe:
+            return _load_again, (self._recipe, self._identity)
+        return _unpack, (self._sam, self._device, *self._identity.values(), self.parameters)
 
     def provenance(self) -> dict[str, Any]:
         """Name, model, digest of the checkpoint, precision of the encoder, and all of :class:`SamParameters`."""
@@ -177,7 +192,7 @@ class SamTeacher:
         """
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape[1:]:
             raise ValueError(f"images are uint8 [B, H, W, 3], got {images.dtype} {images.shape}")
-        step = IMAGES_AT_ONCE[self._sam.device.type]
+        step = IMAGES_AT_ONCE[self._device.type]
         return [gifts for k in range(0, len(images), step) for gifts in self._teach(images[k : k + step])]
 
     def _frame(self, image_size: tuple[int, int]) -> Frame:
@@ -201,9 +216,9 @@ class SamTeacher:
         """Embeddings, masks and edge maps of ``scaled``, uint8 [b, h, w, 3], on the CPU."""
         from samfeat.teacher_cache.sam_masks import Found, find_edge_masks, find_masks
 
-        ask, decoder = self.parameters, self._decoder
-        pixels = self._sam.preprocess(scaled.to(self._sam.device).permute(0, 3, 1, 2))
-        embeddings = self._encoder(pixels)
+        ask, (encoder, decoder) = self.parameters, self._parts
+        pixels = self._sam.preprocess(scaled.to(self._device).permute(0, 3, 1, 2))
+        embeddings = encoder(pixels)
         images = decoder.image_side(embeddings)
         found = find_masks(
             decoder,
@@ -242,6 +257,21 @@ class SamTeacher:
         table = describe(stack, predicted_iou=np.clip(predicted_iou, 0, 1), stability_score=stability)
         masks = sort_masks(stack, table)
         return Gifts(embedding.copy(), masks, paint(masks.stack), edges)
+
+
+def _load_again(recipe: tuple[Any, ...], identity: dict[str, str]) -> SamTeacher:
+    """The teacher of another process, on this one's device."""
+    model, checkpoint, device, precision, parameters = recipe
+    teacher = SamTeacher(model, checkpoint=checkpoint, device=device, precision=precision, **parameters)
+    if teacher._identity != identity:
+        raise ValueError(f"{checkpoint} makes another teacher here: {teacher._identity} instead of {identity}")
+    return teacher
+
+
+def _unpack(*state: Any) -> SamTeacher:
+    teacher = SamTeacher.__new__(SamTeacher)
+    teacher._hold(*state)
+    return teacher
 
 
 def load_sam(path: Path, *, model: str) -> tuple[Sam, str]:

@@ -120,9 +120,8 @@ def test_the_toy_sam_teaches_what_the_original_says(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [(400, 400), (300, 400)])
-def test_a_random_vit_b_teaches_what_the_original_says(size: tuple[int, int]) -> None:
-    image = cv2.GaussianBlur(photograph(2, size), (0, 0), 3)
+def test_a_random_vit_b_teaches_what_the_original_says() -> None:
+    image = cv2.GaussianBlur(photograph(2, (300, 400)), (0, 0), 3)
     seen = compare(
         random_sam("vit_b", image, prompts_per_side=6),
         image,

@@ -326,6 +326,25 @@ def test_a_checkpoint_with_a_missing_tensor_is_refused(tmp_path: Path, toy_sam: 
 
 
 @pytest.mark.usefixtures("toy_as_vit_b")
+def test_a_loaded_teacher_travels_as_the_way_to_load_it(tmp_path: Path, toy_sam: Sam) -> None:
+    path = tmp_path / "toy.pth"
+    torch.save(toy_sam.state_dict(), path)
+    parameters = {**GRID, "points_per_side": 2, "edge_points_per_side": 2}
+    loaded = SamTeacher("vit_b", checkpoint=path, device="cpu", **parameters)
+    packed = pickle.dumps(loaded)
+    assert len(packed) < 2000
+    image = image_of((50, 60))[None]
+    arrived = pickle.loads(packed)
+    assert arrived.provenance() == loaded.provenance()
+    assert_same(arrived(image)[0], loaded(image)[0])
+    state = dict(toy_sam.state_dict())
+    state["mask_decoder.iou_token.weight"] = state["mask_decoder.iou_token.weight"] + 1
+    torch.save(state, path)
+    with pytest.raises(ValueError, match="makes another teacher here"):
+        pickle.loads(packed)
+
+
+@pytest.mark.usefixtures("toy_as_vit_b")
 def test_a_loaded_teacher_is_the_built_one(tmp_path: Path, toy_sam: Sam) -> None:
     path = tmp_path / "toy.pth"
     torch.save(toy_sam.state_dict(), path)
