@@ -7,6 +7,7 @@ homographies, photometric noise and the warping of targets happen in batches on 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -131,16 +132,40 @@ def epoch_batches(items: Sequence[Item], batch_size: int, epoch: int, seed: int)
     return [[items[i] for i in part] for part in order[:usable].reshape(-1, batch_size)]
 
 
+def batch_memory(store: TeacherCache, batch_size: int, workers: int) -> Iterator[Targets]:
+    """Memory for :func:`read_batch`, the same again and again: fresh memory costs more than reading into it.
+
+    A batch from :func:`read_ahead` that was read into it holds until the next one is asked for.
+    """
+    return itertools.cycle([empty_targets(store.spec, 2 * batch_size) for _ in range(max(PREFETCHED, workers) + 2)])
+
+
 def read_batch(
-    stores: Sequence[TeacherCache], items: Sequence[Item], data: DataConfig, rng: np.random.Generator
+    stores: Sequence[TeacherCache],
+    items: Sequence[Item],
+    data: DataConfig,
+    rng: np.random.Generator,
+    memory: Targets | None = None,
 ) -> RawBatch:
     """Read the items of one batch from their stores, every image once.
+
+    Args:
+        stores: the stores.
+        items: what to read.
+        data: labels with a lower score than its threshold take no part.
+        rng: draws the side of synthetic items, and the points of their descriptors.
+        memory: what to read into, see :func:`batch_memory`; new memory where None.
 
     Raises:
         ValueError: a store is damaged.
     """
     synthetic = np.array([item.kind == "synthetic" for item in items])
-    targets = empty_targets(stores[items[0].store].spec, int((2 - synthetic).sum()))
+    number = int((2 - synthetic).sum())
+    targets = (
+        empty_targets(stores[items[0].store].spec, number)
+        if memory is None
+        else Targets(*(array[:number] for array in memory))
+    )
     counts = np.empty(len(targets.image), np.int64)
     sides = np.empty((2, len(items)), np.int64)
     points = np.empty((2, len(items), POINTS, 2), np.float32)

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import tempfile
 from pathlib import Path
 from typing import Any
+
+
+def allow_many_files() -> None:
+    """Raise this process's limit of open files as far as it may be: training keeps the shards of its stores open."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def write_bytes(path: str | Path, data: bytes) -> Path:

@@ -23,9 +23,18 @@ from omegaconf import OmegaConf
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from samfeat.pipelines.batches import Item, RawBatch, epoch_batches, list_items, make_batch, read_ahead, read_batch
+from samfeat.pipelines.batches import (
+    Item,
+    RawBatch,
+    batch_memory,
+    epoch_batches,
+    list_items,
+    make_batch,
+    read_ahead,
+    read_batch,
+)
 from samfeat.pipelines.config import Config, OptimiserConfig
-from samfeat.pipelines.files import write_bytes
+from samfeat.pipelines.files import allow_many_files, write_bytes
 from samfeat.pipelines.objective import losses, total
 from samfeat.pipelines.report import draw_curves
 from samfeat.pipelines.validation import Validation, hold_out
@@ -97,6 +106,7 @@ def train(
             there is none.
         KeyboardInterrupt: as it came, with ``last.ckpt`` written.
     """
+    allow_many_files()
     stores = open_stores(cache)
     _check_stores(stores)
     run = _Run(stores, Path(folder), config, overfit=overfit)
@@ -200,13 +210,14 @@ class _Run:
     def _requests(self) -> Iterator[Callable[[], RawBatch]]:
         """One read request a step, from the current step to the last."""
         epoch, batches = -1, []
+        memory = batch_memory(self.stores[0], self.batch_size, self.config.data.workers)
         for step in range(self.step, self.steps):
             number = 0 if self.overfit else step
             if epoch != (wanted := number // self.steps_per_epoch):
                 epoch, batches = wanted, epoch_batches(self.items, self.batch_size, wanted, self.config.run.seed)
             chosen: list[Item] = batches[number % self.steps_per_epoch]
             rng = np.random.default_rng([self.config.run.seed, number, 1])
-            yield partial(read_batch, self.stores, chosen, self.config.data, rng)
+            yield partial(read_batch, self.stores, chosen, self.config.data, rng, next(memory))
 
     def _one_step(self, raw: RawBatch) -> dict[str, Tensor]:
         number = 0 if self.overfit else self.step

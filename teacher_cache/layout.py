@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import sys
 from math import prod
 from typing import Any
@@ -20,6 +21,7 @@ from samfeat.teacher_cache.schema import ArraySpec, Codec, StoreSpec
 
 __all__ = ["Array", "Group", "chunk_reader", "one_line", "open_array", "open_group", "write_metadata"]
 
+OPEN_SHARE = 32  # of the files that a process may have open, one in so many is a shard of each array
 CODECS: dict[Codec, tuple[BytesBytesCodec, ...]] = {
     "none": (),
     "lz4": (BloscCodec(cname="lz4hc", clevel=5, shuffle="noshuffle", blocksize=0, typesize=1), Crc32cCodec()),
@@ -108,6 +110,7 @@ def chunk_reader(array: Array[Any], path: UPath) -> ChunkReader | None:
         row_chunks=prod(s // c for s, c in zip(array.shards[1:], array.chunks[1:])),
         fill_value=array.fill_value,
         codec=found[0],
+        files=max(4, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // OPEN_SHARE),
     )
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from math import prod
-from typing import NamedTuple
 
 import google_crc32c
 import numpy as np
@@ -45,21 +44,23 @@ def _aligned(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
     return memory[start : start + size].view(dtype).reshape(shape)
 
 
-class _Index(NamedTuple):
-    """The index of one shard file, and which file it was read from."""
+class _Shard:
+    """An open shard file and its index; closed with the last reference to it, so never under a thread that reads."""
 
-    inode: int
-    modified: int
-    size: int
-    entries: np.ndarray  # uint64 [chunks, 2], offset and length
+    def __init__(self, file: int) -> None:
+        self.file, self.size = file, os.fstat(file).st_size
+        self.entries = np.empty((0, 2), np.uint64)  # offset and length of every chunk
+
+    def __del__(self) -> None:
+        os.close(self.file)
 
 
 @dataclass(frozen=True)
 class ChunkReader:
     """The chunks of one sharded array of fixed-size items, little-endian, in C order, one row a chunk or less.
 
-    The index of a shard is kept, and read again as soon as the shard's file is another one. Any number of threads may
-    read at once.
+    The files of up to ``files`` shards stay open, and with them the state in which they were first seen, until
+    :meth:`forget`. Any number of threads may read at once.
 
     Attributes:
         store: what errors call the store.
@@ -71,6 +72,7 @@ class ChunkReader:
         row_chunks: chunks of a row.
         fill_value: stands for chunks that were left out.
         codec: ``none``: chunks are the items themselves; ``lz4``: a blosc buffer and its CRC-32C; ``zstd``: a frame.
+        files: shards whose files stay open.
     """
 
     store: str
@@ -82,7 +84,8 @@ class ChunkReader:
     row_chunks: int
     fill_value: int | float | bool
     codec: Codec
-    _indexes: dict[int, _Index] = field(default_factory=dict, repr=False, compare=False)
+    files: int = 32
+    _open: dict[int, _Shard] = field(default_factory=dict, repr=False, compare=False)
 
     def read(self, row: int, out: np.ndarray, chunk: int = 0) -> None:
         """Read one chunk.
@@ -96,43 +99,42 @@ class ChunkReader:
             ValueError: the shard is missing or damaged.
             OSError: the file system refuses to read.
         """
-        shard, place = divmod(row, self.shard_rows)
-        try:
-            file = os.open(self._path(shard), os.O_RDONLY)
-        except FileNotFoundError as error:
-            raise self._damaged(row, "its shard is missing") from error
-        try:
-            index = self._index(file, shard, row)
-            offset, length = index.entries[place * self.row_chunks + chunk].tolist()
-            if offset == length == _EMPTY:
-                out[...] = self.fill_value
-            elif offset + length > index.size:
-                raise self._damaged(row, "the index of its shard points outside the file")
-            elif self.codec != "none":
-                self._decompress(os.pread(file, length, offset), row, out)
-            elif length != out.nbytes or os.preadv(file, [out.data], offset) != length:
-                raise self._damaged(row, f"its chunk has {length} bytes instead of {out.nbytes}")
-        finally:
-            os.close(file)
+        number, place = divmod(row, self.shard_rows)
+        shard = self._open.get(number) or self._see(number, row)
+        offset, length = shard.entries[place * self.row_chunks + chunk].tolist()
+        if offset == length == _EMPTY:
+            out[...] = self.fill_value
+        elif offset + length > shard.size:
+            raise self._damaged(row, "the index of its shard points outside the file")
+        elif self.codec != "none":
+            self._decompress(os.pread(shard.file, length, offset), row, out)
+        elif length != out.nbytes or os.preadv(shard.file, [out.data], offset) != length:
+            raise self._damaged(row, f"its chunk has {length} bytes instead of {out.nbytes}")
+
+    def forget(self, shard: int) -> None:
+        """Look at a shard anew at the next read."""
+        self._open.pop(shard, None)
 
     def _path(self, shard: int) -> str:
         return f"{self.folder}/c/{shard}" + "/0" * (self.axes - 1)
 
-    def _index(self, file: int, shard: int, row: int) -> _Index:
-        state = os.fstat(file)
-        known = self._indexes.get(shard)
-        if known and known[:3] == (state.st_ino, state.st_mtime_ns, state.st_size):
-            return known
+    def _see(self, number: int, row: int) -> _Shard:
+        """Open a shard, in place of the one that has been open longest if there are too many."""
+        try:
+            shard = _Shard(os.open(self._path(number), os.O_RDONLY))
+        except FileNotFoundError as error:
+            raise self._damaged(row, "its shard is missing") from error
         length = _ENTRY_BYTES * self.shard_rows * self.row_chunks
-        start = state.st_size - length - _CHECKSUM_BYTES
-        stored = os.pread(file, length + _CHECKSUM_BYTES, start) if start >= 0 else b""
+        start = shard.size - length - _CHECKSUM_BYTES
+        stored = os.pread(shard.file, length + _CHECKSUM_BYTES, start) if start >= 0 else b""
         listed, checksum = stored[:length], stored[length:]
         if _checksum(listed) != checksum:
             raise self._damaged(row, "the index of its shard fails its checksum")
-        entries = np.frombuffer(listed, "<u8").reshape(-1, 2)
-        index = _Index(state.st_ino, state.st_mtime_ns, state.st_size, entries)
-        self._indexes[shard] = index
-        return index
+        shard.entries = np.frombuffer(listed, "<u8").reshape(-1, 2)
+        while len(self._open) >= self.files:
+            self._open.pop(next(iter(self._open), number), None)
+        self._open[number] = shard
+        return shard
 
     def _decompress(self, content: bytes, row: int, out: np.ndarray) -> None:
         try:

@@ -252,7 +252,7 @@ class StoreSpec:
             per_image(
                 "groups", (height, width), "uint16", ("y", "x"), "label map: k + 1 = mask k, 0 = no mask", codec="lz4"
             ),
-            per_image("edges", (height, width), "uint8", ("y", "x"), "soft edge strength", "1/255", codec="lz4"),
+            per_image("edges", (height, width), "uint8", ("y", "x"), "soft edge strength", "1/255", codec="none"),
             per_image(
                 "keypoints",
                 (MAX_KEYPOINTS, 3),

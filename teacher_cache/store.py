@@ -295,6 +295,8 @@ class TeacherCache:
                 f"shard {shard} takes {len(images)} records, got {len(records)} records, {len(pairs)} pairs"
             )
         columns: list[dict[str, Any]] = [rows(record, self.spec) for record in records]
+        for reader in self._readers.values():
+            reader.forget(shard)
         self._forget(shard)
         for name in list(columns[0]):
             self._write(name, images.start, [column.pop(name) for column in columns])
