@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,17 +16,18 @@ from samfeat.pipelines.live import console, progress_bar, training_line
 
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
-USER_ERROR, INTERRUPTED = 2, 130
+USER_ERROR, INTERRUPTED = 2, 75  # EX_TEMPFAIL of sysexits.h: the same command goes on
 
 
 class OneLineErrors(TyperGroup):
-    """Every mistake of the user is one line on stderr and exit code 2; Ctrl-C is exit code 130.
+    """Every mistake of the user is one line on stderr and exit code 2; Ctrl-C and SIGTERM are exit code 75.
 
     ``SAMFEAT_TRACEBACK=1`` shows the traceback instead, for reporting a bug.
     """
 
     def invoke(self, ctx: Any) -> Any:
         """Run the chosen command."""
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a job that a queue preempts
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
@@ -267,7 +269,7 @@ def train(
 
     config = load_config(preset, overrides or [])
     with training_line() as line:
-        summary = run(cache, out, config, resume=resume == "auto", overfit=overfit, progress=line)
+        summary = run(cache, out, config, resume=resume == "auto", overfit=overfit, report=console.print, progress=line)
     first, last = summary.first, summary.last
     console.print(
         f"[bold]{summary.folder}[/]: {summary.steps} steps. Held-out views: MMA@3 {first['mma@3']:.3f} untrained, "

@@ -207,6 +207,21 @@ def load_config(preset: str = "default", overrides: Sequence[str] = ()) -> Confi
         raise ValueError(f"configuration key {getattr(error, 'full_key', None) or '?'}: {reason}") from error
 
 
+def learning_rate(config: OptimiserConfig, step: int, steps: int, steps_per_epoch: int) -> float:
+    """Learning rate of one step.
+
+    ``linear``: up over the warm-up, then down to zero at the end. ``released``: the factor 1 - max(0, e - 1) / 31 in
+    epoch e of 30 (the released code steps its scheduler late, so that the first two epochs share the peak).
+    """
+    if config.schedule == "released":
+        epoch = step // steps_per_epoch
+        return config.learning_rate * (1 - max(0, epoch - 1) / (config.epochs + 1))
+    rising = max(1, round(config.warmup * steps))
+    if step < rising:
+        return config.learning_rate * (step + 1) / rising
+    return config.learning_rate * max(0.0, (steps - step) / max(1, steps - rising))
+
+
 def _read_preset(preset: str) -> DictConfig:
     if preset == "default":
         return OmegaConf.create({})

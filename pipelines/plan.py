@@ -88,10 +88,12 @@ def make_plan(
                 raise ValueError(f"nothing to measure, none of the first images can be used: {cache.failures[0]}")
             return cache
 
-        with FlopCounterMode(display=False) as counter:
-            warm = made("warm", 0, 1)
+        warm = made("warm", 0, min(WARM_UP, len(source)))
+        good = next(image for image in range(len(warm)) if image not in warm.failures)
+        with FlopCounterMode(display=False) as counter:  # counts what this thread does
+            teacher(warm[good].image[None])
         started = time.perf_counter()
-        cache = made("measured", 1, min(WARM_UP, len(source) - 1)) if len(source) > 1 else warm
+        cache = made("measured", 0, min(WARM_UP, len(source)))
         seconds = time.perf_counter() - started
         good = len(cache) - len(cache.failures)
         return Plan(
@@ -100,7 +102,7 @@ def make_plan(
             missing=missing,
             image_bytes=sum(cache.stored_bytes().values()) / good,
             image_seconds=seconds / good,
-            image_flops=counter.get_total_flops() / len(warm),
+            image_flops=counter.get_total_flops(),
         )
 
 

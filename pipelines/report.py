@@ -17,6 +17,13 @@ if TYPE_CHECKING:
 SMOOTHING = 0.15  # of the run, the window of the running mean
 
 
+def forget_after(path: Path, step: int) -> None:
+    """Leave out what a ``metrics.jsonl`` says of steps after ``step``, and a line that was cut off."""
+    if path.exists():
+        kept = [json.dumps(row) + "\n" for row in _rows(path) if row["step"] <= step]
+        write_bytes(path, "".join(kept).encode())
+
+
 def draw_curves(folder: str | Path) -> Path:
     """Draw ``metrics.jsonl`` of a run folder into ``curves.png``.
 
@@ -25,12 +32,7 @@ def draw_curves(folder: str | Path) -> Path:
     from matplotlib.figure import Figure
 
     folder = Path(folder)
-    rows = []
-    for line in (folder / "metrics.jsonl").read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
+    rows = _rows(folder / "metrics.jsonl")
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     names = sorted({name for row in rows for name in row if name.startswith("loss/")})
@@ -53,6 +55,16 @@ def draw_curves(folder: str | Path) -> Path:
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=140)
     return write_bytes(folder / "curves.png", buffer.getvalue())
+
+
+def _rows(path: Path) -> list[dict[str, float]]:
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
 
 
 def _smoothed(rows: list[dict[str, float]], name: str) -> list[dict[str, float]]:

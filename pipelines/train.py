@@ -1,7 +1,9 @@
 """Stage two: train the student from cached targets. Nothing here, or imported from here, reaches SAM.
 
-A run lives in one folder: ``config.yaml``, ``last.ckpt`` (everything needed to go on), ``weights.safetensors`` (the
-latest student), ``best.safetensors`` (the best by validation), ``metrics.jsonl``, TensorBoard events, ``curves.png``.
+A run lives in one folder: ``config.yaml``, ``last.ckpt`` and ``previous.ckpt`` (everything needed to go on),
+``weights.safetensors`` (the latest student), ``best.safetensors`` (the best by validation), ``metrics.jsonl``,
+TensorBoard events, ``curves.png``. Every random choice follows from the seed and the number of the step, so the step is
+all that a checkpoint has to say about random states and the sampler's position.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -33,10 +35,12 @@ from samfeat.pipelines.batches import (
     read_ahead,
     read_batch,
 )
-from samfeat.pipelines.config import Config, OptimiserConfig
+from samfeat.pipelines.checkpoint import load_state, save_state
+from samfeat.pipelines.config import Config, learning_rate
 from samfeat.pipelines.files import allow_many_files, write_bytes
+from samfeat.pipelines.interruption import Interruption
 from samfeat.pipelines.objective import losses, total
-from samfeat.pipelines.report import draw_curves
+from samfeat.pipelines.report import draw_curves, forget_after
 from samfeat.pipelines.validation import Validation, hold_out
 from samfeat.student.export import save_weights
 from samfeat.student.extractor import EXTRACTION_PRESETS
@@ -44,7 +48,7 @@ from samfeat.student.network import SAMFeatNetwork
 from samfeat.teacher_cache.schema import package_versions
 from samfeat.teacher_cache.store import TeacherCache, open_stores
 
-CHECKPOINT_VERSION = 1
+MOST_BAD_STEPS = 3  # in a row; then the run stops
 RECORDED = ("samfeat", "torch", "lightning-fabric", "zarr", "numpy", "opencv-python", "kornia")
 
 
@@ -88,6 +92,7 @@ def train(
     *,
     resume: bool = False,
     overfit: bool = False,
+    report: Callable[[str], None] = print,
     progress: Callable[[Progress], None] | None = None,
 ) -> TrainSummary:
     """Train a student from every store of ``cache`` and write the run ``folder``.
@@ -98,21 +103,23 @@ def train(
         config: see :mod:`samfeat.pipelines.config`.
         resume: go on from ``last.ckpt`` where there is one, else start.
         overfit: train on the first batch alone, again and again: a check that the losses can fall.
+        report: takes one line for people, about a step that was left out.
         progress: called after every step.
 
     Raises:
         FileNotFoundError, ValueError: no usable store, stores that do not fit together, a run folder in use, a
-            checkpoint of another configuration or of other stores, a loss that is not finite, CUDA asked for where
-            there is none.
-        KeyboardInterrupt: as it came, with ``last.ckpt`` written.
+            checkpoint of another configuration or of other stores, losses that are not finite three steps in a row,
+            CUDA asked for where there is none.
+        KeyboardInterrupt: Ctrl-C or SIGTERM, answered after the step under way, with ``last.ckpt`` written.
     """
     allow_many_files()
     stores = open_stores(cache)
     _check_stores(stores)
-    run = _Run(stores, Path(folder), config, overfit=overfit)
+    run = _Run(stores, Path(folder), config, overfit=overfit, report=report)
     run.prepare(resume=resume)
     try:
-        return run.fit(progress)
+        with Interruption() as interruption:
+            return run.fit(progress, interruption)
     finally:
         run.writer.close()
 
@@ -120,8 +127,16 @@ def train(
 class _Run:
     """One training run: setup in the constructor, then :meth:`prepare` and :meth:`fit`."""
 
-    def __init__(self, stores: list[TeacherCache], folder: Path, config: Config, *, overfit: bool) -> None:
-        self.stores, self.folder, self.config = stores, folder, config
+    def __init__(
+        self,
+        stores: list[TeacherCache],
+        folder: Path,
+        config: Config,
+        *,
+        overfit: bool,
+        report: Callable[[str], None],
+    ) -> None:
+        self.stores, self.folder, self.config, self.report = stores, folder, config, report
         self.fabric = _fabric(config)
         held_out = set() if overfit else hold_out(stores, config.run)
         items = list_items(stores, config.data, held_out)
@@ -139,85 +154,89 @@ class _Run:
         for parameter in self.student.parameters():
             if parameter.ndim == 4:
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
-        optimiser = torch.optim.Adam(
-            self.student.parameters(), lr=config.optimiser.learning_rate, weight_decay=config.optimiser.weight_decay
+        self.adam = torch.optim.Adam(
+            self.student.parameters(),
+            lr=config.optimiser.learning_rate,
+            weight_decay=config.optimiser.weight_decay,
+            fused=True,
         )
-        self.network, self.optimiser = self.fabric.setup(self.student, optimiser)
+        self.network, self.optimiser = self.fabric.setup(self.student, self.adam)
         self.step = 0
+        self.bad_steps: list[int] = []
         self.first: dict[str, float] = {}
         self.latest: dict[str, float] = {}
         self.best = -math.inf
+        self._epoch: tuple[int, list[list[Item]]] = -1, []
         self.writer: SummaryWriter
 
     # -- beginning ----------------------------------------------------------------------------------------------------
 
     def prepare(self, *, resume: bool) -> None:
         """Make the folder, or load the state to go on from."""
-        state = self.folder / "last.ckpt"
         if not resume and self.folder.exists() and any(self.folder.iterdir()):
             raise ValueError(f"{self.folder} is not empty: choose another --out, or go on with --resume auto")
         self.folder.mkdir(parents=True, exist_ok=True)
-        if resume and state.exists():
-            self._load(state)
+        state = load_state(self.folder, self.fabric.device) if resume else None
+        if state:
+            self._restore(state)
         else:
             OmegaConf.save(OmegaConf.structured(self.config), self.folder / "config.yaml")
-            (self.folder / "metrics.jsonl").unlink(missing_ok=True)
+        forget_after(self.folder / "metrics.jsonl", self.step if state else -1)
         self.writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.step or None)
 
-    def _load(self, path: Path) -> None:
-        try:
-            state = torch.load(path, map_location=self.fabric.device, weights_only=True)
-            version = state["version"]
-        except Exception as error:  # torch raises many kinds for a damaged or foreign file
-            raise ValueError(f"{path} is not a readable checkpoint: delete it, or choose another --out") from error
-        if version != CHECKPOINT_VERSION:
-            raise ValueError(f"{path} has checkpoint version {version}, this program reads {CHECKPOINT_VERSION}")
+    def _restore(self, state: dict[str, Any]) -> None:
         mine = {"config": self.config.to_dict(), "stores": self._identity(), "overfit": self.overfit}
         differences = _differences({key: state[key] for key in mine}, mine)
         if differences:
-            raise ValueError(f"{path} belongs to another run ({'; '.join(differences[:5])}): choose another --out")
+            raise ValueError(
+                f"{self.folder} belongs to another run ({'; '.join(differences[:5])}): choose another --out"
+            )
         self.network.load_state_dict(state["network"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.step, self.first, self.latest, self.best = (state[key] for key in ("step", "first", "latest", "best"))
+        self.bad_steps = state["bad_steps"]
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 
-    def fit(self, progress: Callable[[Progress], None] | None) -> TrainSummary:
+    def fit(self, progress: Callable[[Progress], None] | None, interruption: Interruption) -> TrainSummary:
         """All steps that are left."""
         if not self.first:
             self.first = self.latest = self._validate()
         started, begun = time.monotonic(), self.step
         self.network.train()
-        try:
-            for raw in read_ahead(self._requests(), self.config.data.workers):
-                terms = self._one_step(raw)
-                self.step += 1
-                due = self.step % self.config.run.log_every == 0 or self.step in (1, self.steps)
-                rate = 2 * self.batch_size * (self.step - begun) / (time.monotonic() - started)
-                if due:
-                    values = self._log(terms, rate)
-                    if progress:
-                        progress(Progress(self.step, self.steps, values, rate, self.latest))
-                if self.step % self.config.run.validate_every == 0 or self.step == self.steps:
-                    self.latest = self._validate()
-                if self.step % self.config.run.checkpoint_every == 0 or self.step == self.steps:
-                    self._save()
-        except KeyboardInterrupt:
-            self._save()
-            raise
+        for raw in read_ahead(self._requests(), self.config.data.workers):
+            terms = self._one_step(raw)
+            self.step += 1
+            if not math.isfinite(terms["total"]):
+                self._skipped(terms)
+            due = self.step % self.config.run.log_every == 0 or self.step in (1, self.steps)
+            rate = 2 * self.batch_size * (self.step - begun) / (time.monotonic() - started)
+            if due:
+                values = self._log(terms, rate)
+                if progress:
+                    progress(Progress(self.step, self.steps, values, rate, self.latest))
+            if self.step % self.config.run.validate_every == 0 or self.step == self.steps:
+                self.latest = self._validate()
+            if self.step % self.config.run.checkpoint_every == 0 or self.step == self.steps or interruption.asked:
+                self._save()
+            if interruption.asked and self.step < self.steps:
+                raise KeyboardInterrupt
         return TrainSummary(self.folder, self.steps, self.first, self.latest)
 
     def _requests(self) -> Iterator[Callable[[], RawBatch]]:
         """One read request a step, from the current step to the last."""
-        epoch, batches = -1, []
         memory = batch_memory(self.stores[0], self.batch_size, self.config.data.workers)
         for step in range(self.step, self.steps):
             number = 0 if self.overfit else step
-            if epoch != (wanted := number // self.steps_per_epoch):
-                epoch, batches = wanted, epoch_batches(self.items, self.batch_size, wanted, self.config.run.seed)
-            chosen: list[Item] = batches[number % self.steps_per_epoch]
             rng = np.random.default_rng([self.config.run.seed, number, 1])
-            yield partial(read_batch, self.stores, chosen, self.config.data, rng, next(memory))
+            yield partial(read_batch, self.stores, self._items_of(number), self.config.data, rng, next(memory))
+
+    def _items_of(self, number: int) -> list[Item]:
+        """The items of a step's batch."""
+        epoch, place = divmod(number, self.steps_per_epoch)
+        if self._epoch[0] != epoch:
+            self._epoch = epoch, epoch_batches(self.items, self.batch_size, epoch, self.config.run.seed)
+        return self._epoch[1][place]
 
     def _one_step(self, raw: RawBatch) -> dict[str, Tensor]:
         number = 0 if self.overfit else self.step
@@ -233,8 +252,32 @@ class _Run:
         self.fabric.backward(terms["total"])
         if self.config.optimiser.clip_norm:
             self.fabric.clip_gradients(self.network, self.optimiser, max_norm=self.config.optimiser.clip_norm)
+        cast(Any, self.adam).found_inf = (
+            ~torch.isfinite(terms["total"])
+        ).float()  # the step is then left out, on the device
         self.optimiser.step()
         return terms
+
+    def _skipped(self, terms: dict[str, Tensor]) -> None:
+        """Name and save the batch of a step whose loss is not finite; stop where that happens again and again."""
+        number = self.step - 1
+        self.bad_steps.append(number)
+        items = self._items_of(0 if self.overfit else number)
+        rng = np.random.default_rng([self.config.run.seed, number, 1])
+        raw = read_batch(self.stores, items, self.config.data, rng)
+        buffer = io.BytesIO()
+        torch.save(raw._asdict(), buffer)
+        path = write_bytes(self.folder / f"bad_batch_{number}.pt", buffer.getvalue())
+        names = ", ".join(self.stores[item.store].names[_first_image(self.stores, item)] for item in items)
+        bad = [name for name, value in terms.items() if not math.isfinite(value)]
+        report = f"step {number} left out: {', '.join(bad)} not finite for {names} (saved as {path.name})"
+        self._record({"step": self.step, "left_out": len(self.bad_steps)})
+        if self.bad_steps[-MOST_BAD_STEPS:] == list(range(number - MOST_BAD_STEPS + 1, number + 1)):
+            raise ValueError(
+                f"{report}, {MOST_BAD_STEPS} in a row: lower optimiser.learning_rate, or look at the batches; "
+                f"{self.folder / 'last.ckpt'} is from before"
+            )
+        self.report(report)
 
     def _validate(self) -> dict[str, float]:
         self.network.eval()
@@ -252,12 +295,6 @@ class _Run:
 
     def _log(self, terms: dict[str, Tensor], rate: float) -> dict[str, float]:
         values = {name: float(term.detach()) for name, term in terms.items()}
-        bad = [name for name, value in values.items() if not math.isfinite(value)]
-        if bad:
-            raise ValueError(
-                f"the loss is not finite at step {self.step} ({', '.join(bad)}): lower optimiser.learning_rate, "
-                f"then go on from {self.folder / 'last.ckpt'}"
-            )
         rate_now = self.optimiser.param_groups[0]["lr"]
         self._record(
             {"step": self.step, "images_per_second": rate, "learning_rate": rate_now}
@@ -274,8 +311,8 @@ class _Run:
 
     def _save(self) -> None:
         state = {
-            "version": CHECKPOINT_VERSION,
             "step": self.step,
+            "bad_steps": self.bad_steps,
             "first": self.first,
             "latest": self.latest,
             "best": self.best,
@@ -285,9 +322,7 @@ class _Run:
             "network": self.network.state_dict(),
             "optimiser": self.optimiser.state_dict(),
         }
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        write_bytes(self.folder / "last.ckpt", buffer.getvalue())
+        save_state(self.folder, state)
         self._save_weights("weights.safetensors", {})
 
     def _save_weights(self, name: str, figures: dict[str, float]) -> None:
@@ -309,21 +344,6 @@ class _Run:
             {"name": store.path.name, "images": len(store)} | json.loads(json.dumps(store.provenance.identity))
             for store in self.stores
         ]
-
-
-def learning_rate(config: OptimiserConfig, step: int, steps: int, steps_per_epoch: int) -> float:
-    """Learning rate of one step.
-
-    ``linear``: up over the warm-up, then down to zero at the end. ``released``: the factor 1 - max(0, e - 1) / 31 in
-    epoch e of 30 (the released code steps its scheduler late, so that the first two epochs share the peak).
-    """
-    if config.schedule == "released":
-        epoch = step // steps_per_epoch
-        return config.learning_rate * (1 - max(0, epoch - 1) / (config.epochs + 1))
-    rising = max(1, round(config.warmup * steps))
-    if step < rising:
-        return config.learning_rate * (step + 1) / rising
-    return config.learning_rate * max(0.0, (steps - step) / max(1, steps - rising))
 
 
 def _fabric(config: Config) -> Fabric:

@@ -298,7 +298,7 @@ def test_an_interruption_says_that_nothing_is_lost(run, tmp_path, monkeypatch):
 
     monkeypatch.setattr("samfeat.teacher_cache.classical.ClassicalTeacher.__call__", interrupted)
     code, _, err = run(*cache_of(tmp_path))
-    assert code == 130
+    assert code == 75
     assert "the same command goes on" in err
 
 

@@ -216,7 +216,7 @@ def test_damage_is_one_clear_error(tmp_path, name, message):
     assert any(problem.image == 0 for problem in problems(TeacherCache.open(cache.path)))
 
 
-@pytest.mark.parametrize(("name", "other"), [("edges", "keypoints"), ("mask_table", "pair_points")])
+@pytest.mark.parametrize(("name", "other"), [("groups", "keypoints"), ("mask_table", "pair_points")])
 def test_a_good_chunk_of_another_array_is_refused(tmp_path, name, other):
     cache = filled(tmp_path / "a.zarr")
     file, foreign = shard_of(cache, name), shard_of(cache, other).read_bytes()

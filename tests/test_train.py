@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import random
+import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -14,13 +19,14 @@ from safetensors.torch import load_file
 from toys import toy_store
 
 import samfeat.pipelines.train as training
-from samfeat.pipelines.config import load_config
+from samfeat.pipelines.config import learning_rate, load_config
 from samfeat.pipelines.objective import losses, total
-from samfeat.pipelines.train import learning_rate, train
+from samfeat.pipelines.train import train
 from samfeat.pipelines.validation import Validation, hold_out
 from samfeat.student.extractor import SAMFeat
 from samfeat.student.network import PRESETS, SAMFeatNetwork
 
+KILLS = int(os.environ.get("SAMFEAT_KILLS", 6))
 SETTINGS = [
     "optimiser.batch_size=2",
     "optimiser.steps=4",
@@ -62,6 +68,7 @@ def test_a_run_leaves_everything_behind(run):
     assert files == {
         "config.yaml",
         "last.ckpt",
+        "previous.ckpt",
         "weights.safetensors",
         "best.safetensors",
         "metrics.jsonl",
@@ -79,19 +86,104 @@ def test_a_run_leaves_everything_behind(run):
     assert student.provenance["config"]["optimiser"]["batch_size"] == 2
 
 
-def test_resume_is_the_undisturbed_run_to_the_bit(cache, run, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_resume_is_the_undisturbed_run_to_the_bit(cache, run, tmp_path, number):
     def cut(state):
         if state.step == 3:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), number)
 
     with pytest.raises(KeyboardInterrupt):
         train(cache, tmp_path / "cut", config(), progress=cut)
-    assert training.torch.load(tmp_path / "cut" / "last.ckpt", weights_only=True)["step"] == 3
+    assert signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL)
+    assert torch.load(tmp_path / "cut" / "last.ckpt", weights_only=True)["step"] == 3
     resumed = train(cache, tmp_path / "cut", config(), resume=True)
-    expected, got = (load_file(folder / "weights.safetensors") for folder in (run.folder, tmp_path / "cut"))
-    assert all(torch.equal(expected[name], got[name]) for name in expected)
+    assert_equal_runs(tmp_path / "cut", run.folder)
     assert resumed.first == run.first
     assert resumed.last == run.last
+
+
+def assert_equal_runs(folder, other):
+    expected, got = (load_file(place / "weights.safetensors") for place in (other, folder))
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+    timeless = [
+        [{k: v for k, v in row.items() if k != "images_per_second"} for row in metrics(f)] for f in (other, folder)
+    ]
+    assert timeless[0] == timeless[1]
+
+
+@pytest.mark.slow
+def test_killed_at_random_steps(cache, tmp_path):
+    settings = ["optimiser.steps=30", "run.validate_every=10", "run.checkpoint_every=2", "run.log_every=1"]
+    whole = train(cache, tmp_path / "whole", config(*settings))
+    program = (
+        "import sys, torch; torch.set_num_threads(1)\n"
+        "from samfeat.pipelines.config import learning_rate, load_config; from samfeat.pipelines.train import train\n"
+        f"config = load_config('default', {[*SETTINGS, *settings]!r})\n"
+        f"train({str(cache)!r}, {str(tmp_path / 'cut')!r}, config, resume=True, "
+        "progress=lambda state: print(state.step, flush=True))\n"
+    )
+    moments, deaths = random.Random(0), 0
+    for _ in range(KILLS):
+        process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+        if not process.stdout.readline():
+            break
+        time.sleep(moments.uniform(0, 1))
+        process.kill()
+        deaths += process.wait() == -signal.SIGKILL
+    assert deaths >= 3
+    torch_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        train(cache, tmp_path / "cut", config(*settings), resume=True)
+        shutil.rmtree(tmp_path / "whole")
+        whole = train(cache, tmp_path / "whole", config(*settings))
+    finally:
+        torch.set_num_threads(torch_threads)
+    assert_equal_runs(tmp_path / "cut", whole.folder)
+
+
+def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(cache, run, tmp_path):
+    shutil.copytree(run.folder, tmp_path / "run")
+    assert torch.load(tmp_path / "run" / "previous.ckpt", weights_only=True)["step"] == 2
+    (tmp_path / "run" / "last.ckpt").write_bytes(b"cut off")
+    train(cache, tmp_path / "run", config(), resume=True)
+    assert_equal_runs(tmp_path / "run", run.folder)
+    for name in ("last.ckpt", "previous.ckpt"):
+        (tmp_path / "run" / name).write_bytes(b"cut off")
+    with pytest.raises(ValueError, match=r"last\.ckpt is not a readable checkpoint"):
+        train(cache, tmp_path / "run", config(), resume=True)
+
+
+def test_a_loss_that_is_not_finite_leaves_its_step_out(cache, run, tmp_path, monkeypatch):
+    calls, whole = [], training.losses
+
+    def sick(*arguments, **options):
+        terms = whole(*arguments, **options)
+        calls.append(1)
+        return terms | {"edge": terms["edge"] * (float("nan") if len(calls) in bad else 1)}
+
+    monkeypatch.setattr(training, "losses", sick)
+    bad, said = {2}, []
+    train(cache, tmp_path / "one", config(), report=said.append)
+    assert len(said) == 1
+    assert "step 1 left out: edge, total not finite for scene" in said[0]
+    saved = torch.load(tmp_path / "one" / "bad_batch_1.pt", weights_only=True)
+    assert saved["images"].dtype == torch.uint8
+    weights = load_file(tmp_path / "one" / "weights.safetensors")
+    assert all(value.isfinite().all() for value in weights.values())
+    state = torch.load(tmp_path / "one" / "last.ckpt", weights_only=True)
+    assert state["bad_steps"] == [1]
+    assert {float(entry["step"]) for entry in state["optimiser"]["state"].values()} == {3.0}
+
+    calls.clear()
+    bad = {2, 3, 4}
+    with pytest.raises(ValueError, match="in a row"):
+        train(cache, tmp_path / "three", config("run.checkpoint_every=1"))
+    kept = torch.load(tmp_path / "three" / "last.ckpt", weights_only=True)
+    assert kept["step"] == 3
+    calls.clear()
+    bad = {2, 4}
+    train(cache, tmp_path / "two", config(), report=said.append)
 
 
 def test_a_finished_run_resumes_to_itself(cache, run):
@@ -121,7 +213,7 @@ class Blocked:
         if name.split(".")[0] == "segment_anything":
             raise ImportError("segment_anything is not here")
 sys.meta_path.insert(0, Blocked())
-from samfeat.pipelines.config import load_config
+from samfeat.pipelines.config import learning_rate, load_config
 from samfeat.pipelines.train import train
 summary = train({str(cache)!r}, {str(tmp_path / "run")!r}, load_config("default", {[*SETTINGS, "optimiser.steps=1"]!r}))
 assert not any(name in sys.modules for name in ("segment_anything", "samfeat.teacher_cache.teacher", "dask"))
@@ -163,7 +255,7 @@ def test_cuda_where_there_is_none(cache, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(cache, tmp_path):
-    with pytest.raises(ValueError, match="the loss is not finite at step"):
+    with pytest.raises(ValueError, match=r"left out: .* not finite .* 3 in a row"):
         train(cache, tmp_path / "run", config("optimiser.learning_rate=1e30", "optimiser.steps=10"))
 
 
