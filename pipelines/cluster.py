@@ -7,7 +7,10 @@ tasks a worker are handed out at any time, so that memory does not grow with the
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -80,15 +83,25 @@ def make_shards(
         report: takes one line for people: where the dashboard is.
 
     Raises:
-        ValueError: the cluster cannot be reached, or its workers die over a shard again and again.
+        ValueError: no such GPU, the cluster cannot be reached, or its workers die over a shard again and again.
         Exception: what a shard raised; shards under way are then given up.
     """
+    for device in workers.devices:
+        _check_device(device)
     if workers.here:
         yield from _in_threads(maker, shards, workers.in_flight)
         return
     with _cluster(workers) as client:
         report(f"dashboard: {client.dashboard_link}")
         yield from _on_cluster(client, maker, shards)
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    there = torch.cuda.device_count()
+    if not device.isdecimal() or int(device) >= there:
+        raise ValueError(f"no GPU {device!r} here ({there} GPUs): leave --devices out, or use --workers")
 
 
 def _in_threads(maker: ShardMaker, shards: Sequence[int], threads: int) -> Iterator[int]:
@@ -166,13 +179,7 @@ def _cluster(workers: Workers) -> Iterator[Client]:
     import dask
     from distributed import Client, Nanny, Scheduler, SpecCluster
 
-    settings = {
-        "distributed.scheduler.allowed-failures": DEATHS,
-        "distributed.worker.daemon": True,
-        "distributed.admin.log-format": "%(name)s: %(message)s",
-        "logging.distributed": "critical",
-    }
-    with dask.config.set(settings):
+    with dask.config.set({"distributed.scheduler.allowed-failures": DEATHS}):
         if workers.scheduler:
             try:
                 client = Client(workers.scheduler, timeout=PATIENCE, set_as_default=False)
@@ -186,17 +193,34 @@ def _cluster(workers: Workers) -> Iterator[Client]:
         if workers.devices and importlib.util.find_spec("dask_cuda"):
             from dask_cuda import LocalCUDACluster
 
-            cluster = LocalCUDACluster(CUDA_VISIBLE_DEVICES=list(workers.devices), threads_per_worker=workers.in_flight)
+            with _children_ignore_interrupts():
+                cluster = LocalCUDACluster(
+                    CUDA_VISIBLE_DEVICES=list(workers.devices), threads_per_worker=workers.in_flight
+                )
         else:
             environments = [{"CUDA_VISIBLE_DEVICES": device} for device in workers.devices] or [{}] * workers.processes
-            options = {"nthreads": workers.in_flight, "memory_limit": 0}
-            cluster = SpecCluster(
-                scheduler={"cls": Scheduler, "options": {"dashboard_address": "127.0.0.1:0", "host": "127.0.0.1"}},
-                workers={
-                    number: {"cls": Nanny, "options": {**options, "env": environment}}
-                    for number, environment in enumerate(environments)
-                },
-                silence_logs=50,
-            )
+            options = {"nthreads": workers.in_flight, "memory_limit": 0, "silence_logs": logging.CRITICAL}
+            with _children_ignore_interrupts():
+                cluster = SpecCluster(
+                    scheduler={"cls": Scheduler, "options": {"dashboard_address": "127.0.0.1:0", "host": "127.0.0.1"}},
+                    workers={
+                        number: {"cls": Nanny, "options": {**options, "env": environment}}
+                        for number, environment in enumerate(environments)
+                    },
+                    silence_logs=logging.CRITICAL,
+                )
         with cluster, Client(cluster, set_as_default=False) as client:
             yield client
+
+
+@contextmanager
+def _children_ignore_interrupts() -> Iterator[None]:
+    """Ctrl-C reaches all processes of a terminal; the workers leave the answer to this one."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

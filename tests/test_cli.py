@@ -121,6 +121,33 @@ def test_photographs_to_matches(run, tmp_path):
     assert (code, "6 there before" in out, "6.png" in err) == (2, True, True), err
 
 
+def test_parts_estimates_and_repairs(run, fails, tmp_path):
+    for k in range(6):
+        photo(tmp_path / "photos" / f"{k}.png", seed=k)
+    command = cache_of(tmp_path, "--shard-images", 2, "--name", "toy")
+    code, out, err = run(*command, "--dry-run")
+    assert (code, "6 images in 3 shards, 3 of them to make" in out) == (0, True), err
+    assert not (tmp_path / "cache").exists()
+    for wrong in ("0/2", "3/2", "2", "a/b"):
+        assert "give K/N" in fails(*command, "--shard", wrong)
+    code, out, err = run(*command, "--shard", "2/2")
+    assert (code, "2 of them written now" in out) == (0, True), err
+    assert "2 of 3 shards are missing" in fails("train", "--cache", "cache", "--out", "run")
+    code, out, err = run(*command, "--shard", "1/2")
+    assert (code, "4 of them written now" in out) == (0, True), err
+    damaged = tmp_path / "cache" / "toy.zarr" / "edges" / "c" / "1" / "0" / "0"
+    data = bytearray(damaged.read_bytes())
+    data[100] ^= 1
+    damaged.write_bytes(data)
+    assert "with --repair" in fails("inspect-cache", "cache", "--verify")
+    code, out, err = run(*command, "--repair")
+    assert (code, "shard 1 is made again" in out, "2 of them written now" in out) == (0, True, True), err
+    assert "no GPU '7' here" in fails(*command, "--repair", "--devices", "7")
+    assert "choose one of" in fails(*command, "--devices", "7", "--workers", 2)
+    (tmp_path / "photos" / "6.png").write_bytes(b"")
+    assert "6.png" in fails(*command[:-1], "strict", "--strict")
+
+
 def test_pairs_are_drawn_and_missing_ones_named(run, fails, tmp_path):
     toy_store(tmp_path / "cache" / "a.zarr", 2)
     code, out, _ = run("inspect-cache", "cache", "--pair", 1, "--out", "pair.png")

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from makers import Broken, Marker
 
 from samfeat.pipelines.cluster import AHEAD, Workers, make_shards
@@ -57,6 +58,13 @@ def test_nothing_to_do_starts_nothing(tmp_path):
 def test_contradictions_are_refused(wrong):
     with pytest.raises(ValueError, match=r"choose one|at least"):
         Workers(**wrong)
+
+
+@pytest.mark.parametrize("device", [str(torch.cuda.device_count()), "a", "-1"])
+def test_a_gpu_that_is_not_there(tmp_path, device):
+    with pytest.raises(ValueError, match=f"no GPU '{device}' here"):
+        list(make_shards(Marker(tmp_path), range(3), Workers(devices=(device,))))
+    assert made(tmp_path) == {}
 
 
 @pytest.mark.slow
