@@ -45,8 +45,7 @@ def relation_loss(
             pixels are valid, a pair if both of its positions do; images without any drop out.
     """
     mask = _valid_positions(valid, student).flatten(1)
-    features = _unit(widen(student)) * mask[:, :, None]
-    targets = _unit(_resized(teacher, student)) * mask[:, :, None]
+    features, targets = widen(student), _resized(teacher.detach(), student)
     weights = None if attention is None else _resized(attention.detach(), student).flatten(1).to(features) * mask
     device = student.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else features.dtype
@@ -84,16 +83,21 @@ def feature_distillation_loss(
 
 
 class _RelationGap(torch.autograd.Function):
-    """Loss of every image, [b], from unit features [b, n, c] that are zero where the mask is."""
+    """Loss of every image, [b], from features [b, c, h, w]; the gradient by them is made on the way."""
 
     @staticmethod
     def forward(
         ctx: Any, features: Tensor, targets: Tensor, attention: Tensor | None, mask: Tensor, dtype: torch.dtype
     ) -> Tensor:
-        losses, gradient = features.new_zeros(len(features)), torch.zeros_like(features)
+        losses, gradient = features.new_zeros(len(features)), torch.empty_like(features)
         for b in range(len(features)):
+            unit, length = _unit(features[b], mask[b])
+            target, _ = _unit(targets[b], mask[b])
             weights = None if attention is None else attention[b]
-            losses[b] = _gap_of_image(features[b], targets[b], weights, mask[b], dtype, gradient[b])
+            losses[b], pull = _gap_of_image(unit, target, weights, mask[b], dtype)
+            pull -= unit * torch.linalg.vecdot(unit, pull)[:, None]  # lengths do not matter
+            pull *= (mask[b] / length)[:, None]
+            gradient[b] = pull.T.view_as(gradient[b])
         ctx.save_for_backward(gradient)
         return losses
 
@@ -101,13 +105,13 @@ class _RelationGap(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return upstream[0][:, None, None] * gradient, None, None, None, None
+        return upstream[0][:, None, None, None] * gradient, None, None, None, None
 
 
 def _gap_of_image(
-    features: Tensor, targets: Tensor, attention: Tensor | None, mask: Tensor, dtype: torch.dtype, gradient: Tensor
-) -> Tensor:
-    """Loss of one image; fills ``gradient`` [n, c], zeros at first, with its derivative by the features.
+    features: Tensor, targets: Tensor, attention: Tensor | None, mask: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Loss of one image from unit features [n, c] that are zero where the mask is, and its derivative by them, [n, c].
 
     The products of the features run in ``dtype``. A tile reaches from the diagonal to the right; its mirror image
     below the diagonal is added along with it, for which its square on the diagonal, its own mirror image, is halved.
@@ -115,34 +119,37 @@ def _gap_of_image(
     counted = mask.to(features.dtype)
     half_total, half_weights = features.new_zeros(()), counted.sum().square() / 2
     if attention is not None:
-        half_weights, peak = features.new_zeros(()), attention.abs().amax().square()
-    left = torch.cat([features, targets], 1).to(dtype)
-    right = torch.cat([features, -targets], 1).to(dtype)
-    narrow = features.to(dtype)
+        half_weights, least = features.new_zeros(()), -attention.abs().amax().square()[None, None]
+    narrow, other = features.to(dtype), targets.to(dtype)
+    left, right = torch.cat([narrow, other], 1), torch.cat([narrow, -other], 1)
+    gradient = torch.zeros_like(features)
     for start in range(0, len(features), _TILE):
         rows, columns = slice(start, start + _TILE), slice(start, None)
         gap = left[rows] @ right[columns].T
-        pull = gap.sign()
-        square = slice(0, len(pull))
+        square = slice(0, len(gap))
         if attention is None:
+            pull = gap.sign()
             pull[:, square] *= 0.5
         else:
-            weight = torch.exp(torch.outer(attention[rows], attention[columns]) - peak)
+            weight = torch.addr(least, attention[rows], attention[columns]).exp_()
             weight[:, square] *= 0.5
             half_weights += counted[rows] @ (weight @ counted[columns])
-            pull *= weight
+            pull = weight.to(dtype).copysign_(gap)  # at gap 0 any slope between both is right
         half_total += (gap * pull).sum(dtype=features.dtype)
         gradient[rows] += pull @ narrow[columns]
         gradient[columns] += pull.T @ narrow[rows]
     half_weights = half_weights.clamp(min=0.5)  # only ever less where nothing is valid: the largest weight is 1
     gradient /= half_weights
-    return half_total / half_weights
+    return half_total / half_weights, gradient
 
 
-def _unit(features: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n c"]:
-    """Features of length 1 (0 stays 0), positions before channels."""
-    features = features.flatten(2).mT
-    return features / (torch.linalg.vector_norm(features, dim=2, keepdim=True) + 1e-7)
+def _unit(
+    features: Float[Tensor, "c h w"], mask: Bool[Tensor, " n"]
+) -> tuple[Float[Tensor, "n c"], Float[Tensor, " n"]]:
+    """Features of length 1, positions before channels, zero where the mask is; and their lengths before."""
+    rows = features.flatten(1).T.contiguous()
+    length = torch.linalg.vector_norm(rows, dim=1) + 1e-7
+    return rows.div_(length[:, None]).mul_(mask[:, None]), length
 
 
 def _resized(maps: Float[Tensor, "b c2 h2 w2"], like: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c2 h w"]:
