@@ -147,9 +147,9 @@ def _unit(
     features: Float[Tensor, "c h w"], mask: Bool[Tensor, " n"]
 ) -> tuple[Float[Tensor, "n c"], Float[Tensor, " n"]]:
     """Features of length 1, positions before channels, zero where the mask is; and their lengths before."""
-    rows = features.flatten(1).T.contiguous()
+    rows = features.flatten(1).T.contiguous()  # which may still be the memory of ``features``
     length = torch.linalg.vector_norm(rows, dim=1) + 1e-7
-    return rows.div_(length[:, None]).mul_(mask[:, None]), length
+    return (rows / length[:, None]).mul_(mask[:, None]), length
 
 
 def _resized(maps: Float[Tensor, "b c2 h2 w2"], like: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c2 h w"]:

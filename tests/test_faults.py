@@ -160,7 +160,7 @@ def test_moved_and_continued(tmp_path, undisturbed):
 
 
 def test_two_runs_of_one_store(tmp_path, undisturbed):
-    process = start(tmp_path / "a.zarr", "pause=0.03")
+    process = start(tmp_path / "a.zarr", "pause=0.1")
     assert said(process, "started")
     with pytest.raises(ValueError, match=f"is being written by process {process.pid} on "):
         build(tmp_path / "a.zarr")

@@ -50,7 +50,7 @@ def elsewhere(store, **changes):
     """The lock of an owner on another machine."""
     folder = store.parent / f"{store.name}.locks"
     folder.mkdir(exist_ok=True)
-    owner = {"host": "elsewhere", "boot": "1", "pid": 7, "started": "1", "part": [0, 1], "beat": 0.03, "count": 0}
+    owner = {"host": "elsewhere", "boot": "1", "pid": 7, "started": "1", "part": [0, 1], "beat": 0.1, "count": 0}
     (folder / "other.json").write_text(json.dumps(owner | changes))
     return folder / "other.json"
 

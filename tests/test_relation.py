@@ -48,6 +48,20 @@ def gradient_of(loss: Tensor, student: Tensor) -> Tensor:
     return torch.autograd.grad(loss, student)[0]
 
 
+def test_the_memory_format_does_not_show_and_nothing_is_written_to() -> None:
+    generator = torch.Generator().manual_seed(3)
+    student, teacher = (torch.randn(2, 16, 6, 5, generator=generator) for _ in range(2))
+    attention = torch.rand(2, 1, 6, 5, generator=generator)
+    plain = student.clone().requires_grad_()
+    last = student.clone(memory_format=torch.channels_last).requires_grad_()
+    targets = teacher.clone(memory_format=torch.channels_last)
+    losses = relation_loss(plain, teacher, attention=attention), relation_loss(last, targets, attention=attention)
+    torch.testing.assert_close(losses[0], losses[1])
+    torch.testing.assert_close(gradient_of(losses[0], plain), gradient_of(losses[1], last))
+    assert torch.equal(last, student)
+    assert torch.equal(targets, teacher)
+
+
 def test_relation_loss_by_hand() -> None:
     # Two positions. Student (1, 0) and (1, 1): cosine 1 / sqrt 2. Teacher (2, 0) and (0, 5): cosine 0. The diagonal is
     # exact, so two of four entries err by 0.70711: mean 0.35355.
