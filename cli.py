@@ -33,7 +33,7 @@ class OneLineErrors(TyperGroup):
         except KeyboardInterrupt:
             errors.print("interrupted: what is finished is kept, the same command goes on")
             raise typer.Exit(INTERRUPTED) from None
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, ImportError) as error:  # fsspec names the package that a URL needs
             if os.environ.get("SAMFEAT_TRACEBACK"):
                 raise
             errors.print(f"error: {_one_line(error)}", markup=False, style="red")

@@ -7,6 +7,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -146,6 +147,12 @@ def test_parts_estimates_and_repairs(run, fails, tmp_path):
     assert "choose one of" in fails(*command, "--devices", "7", "--workers", 2)
     (tmp_path / "photos" / "6.png").write_bytes(b"")
     assert "6.png" in fails(*command[:-1], "strict", "--strict")
+
+
+@pytest.mark.skipif(find_spec("gcsfs") is not None, reason="gcsfs is here")
+def test_a_url_whose_package_is_not_installed(fails):
+    for command in (("teacher-cache", "--data", "gs://a/b"), ("train", "--cache", "gs://a/b", "--out", "run")):
+        assert "gcsfs" in fails(*command)
 
 
 def test_pairs_are_drawn_and_missing_ones_named(run, fails, tmp_path):

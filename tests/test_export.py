@@ -37,7 +37,7 @@ def refuses(path, message):
 def rewrite(path, *, changed=(), drop=(), **tensors):
     """The same file with some metadata and tensors changed."""
     with safe_open(path, framework="pt") as file:
-        values = {name: file.get_tensor(name) for name in file.keys() if name not in drop}  # noqa: SIM118
+        values = {name: file.get_tensor(name) for name in file.keys() if name not in drop}  # noqa: SIM118 (no mapping)
         metadata = json.loads(file.metadata()[FORMAT]) | dict(changed)
     safetensors.torch.save_file(values | tensors, path, {FORMAT: json.dumps(metadata)})
 

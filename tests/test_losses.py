@@ -145,7 +145,7 @@ def literal_descriptor_loss(d0, d1, w0, w1, valid, excluded, temperature, margin
     total = 0.0
     for b in range(len(d0)):
         y0, y1 = d0[b] * w0[b][:, None], d1[b] * w1[b][:, None]
-        distance = lambda i, j: math.sqrt(max(((y0[i] - y1[j]) ** 2).sum(), 1e-5))  # noqa: B023, E731
+        distance = lambda i, j: math.sqrt(max(((y0[i] - y1[j]) ** 2).sum(), 1e-5))  # noqa: B023, E731 (used in its own round alone)
         normaliser = sum(math.exp(w / temperature) for w, v in zip(w0[b], valid[b]) if v)
         for i in range(len(y0)):
             if valid[b, i]:
