@@ -256,7 +256,7 @@ class _Run:
             ~torch.isfinite(terms["total"])
         ).float()  # the step is then left out, on the device
         self.optimiser.step()
-        return terms
+        return {name: term.detach() for name, term in terms.items()}
 
     def _skipped(self, terms: dict[str, Tensor]) -> None:
         """Name and save the batch of a step whose loss is not finite; stop where that happens again and again."""
