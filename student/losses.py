@@ -5,12 +5,16 @@ pairs or pixels adds nothing, and where that is so for every image the loss is 0
 not apply to an image (those of a warped view, for one) are switched off by its mask or its groups, not by a shorter
 batch.
 
+Every loss comes to one value an image first. How these become one scalar is the ``reduction``, a function of the values
+and of which images take part: :func:`mean_over_images`, or a mean over the images of several processes.
+
 Half precision inputs are widened to float32 here, whatever autocast says; float64 stays float64. Relation distillation
 (equations 7 and 8) lives in :mod:`samfeat.student.relation`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
@@ -22,11 +26,17 @@ DetectionForm = Literal["released", "paper"]
 WscForm = Literal["released", "masked_infonce", "mean_softplus"]
 EdgeForm = Literal["mse", "l1"]
 EdgePooling = Literal["bilinear", "area", "max"]
+Reduction = Callable[[Tensor, Tensor], Tensor]  # values [b], whether they take part [b] -> a scalar
 
 _LOG_FLOOR = 1e-4  # inside the logarithms of the released detection loss
 _MIN_SQUARED_DISTANCE = 1e-5  # keeps the derivative of the square root finite
 _EXCLUDED = 10.0  # added to the distance of a pair that must not serve as a negative
 _NEVER = -1e9  # a score whose exponential is 0, finite so that its gradient is too
+
+
+def mean_over_images(values: Float[Tensor, " b"], used: Bool[Tensor, " b"]) -> Float[Tensor, ""]:
+    """Mean of the finite ``values`` of the images in use, 0 if there is none."""
+    return (used * values).sum() / used.sum().clamp(min=1)
 
 
 def detection_loss(
@@ -36,6 +46,7 @@ def detection_loss(
     *,
     positive_weight: float = 200.0,
     form: DetectionForm = "released",
+    reduction: Reduction = mean_over_images,
 ) -> Float[Tensor, ""]:
     """Weighted binary cross-entropy between a keypoint heat map and its labels (equations 1 and 2).
 
@@ -57,8 +68,9 @@ def detection_loss(
         keypoint, background = F.logsigmoid(logits), F.logsigmoid(-logits)
     entropy = -(positive_weight * labels * keypoint + (1 - labels) * background)
     if form == "released":
-        return ((mask * entropy).sum((1, 2)) / (mask.sum((1, 2)) + 1)).mean()
-    return masked_mean(entropy, mask)
+        values = (mask * entropy).sum((1, 2)) / (mask.sum((1, 2)) + 1)
+        return reduction(values, torch.ones_like(values, dtype=torch.bool))
+    return masked_mean(entropy, mask, reduction)
 
 
 def excluded_negatives(
@@ -89,6 +101,7 @@ def descriptor_loss(
     *,
     temperature: float = 15.0,
     margin: float = 1.0,
+    reduction: Reduction = mean_over_images,
 ) -> Float[Tensor, ""]:
     """Attention-weighted triplet loss with the hardest negative (equations 4 to 6).
 
@@ -113,7 +126,8 @@ def descriptor_loss(
     scores = valid * widen(attention0) / temperature
     weights = valid * torch.exp(scores - scores.amax(1, keepdim=True).detach())
     weights = weights / weights.sum(1, keepdim=True).clamp(min=_MIN_SQUARED_DISTANCE)
-    return (weights * hinge).sum(1).mean()
+    values = (weights * hinge).sum(1)
+    return reduction(values, torch.ones_like(values, dtype=torch.bool))
 
 
 def contrastive_descriptor_loss(
@@ -125,6 +139,7 @@ def contrastive_descriptor_loss(
     excluded: Bool[Tensor, "b n n"],
     *,
     temperature: float = 0.1,
+    reduction: Reduction = mean_over_images,
 ) -> Float[Tensor, ""]:
     """Cross-entropy of finding the right point of image 1 by the dot products that matching ranks.
 
@@ -144,7 +159,7 @@ def contrastive_descriptor_loss(
     positive = torch.eye(similarity.shape[1], dtype=torch.bool, device=similarity.device)
     logits = similarity.masked_fill(excluded & ~positive, -torch.inf)
     surprise = logits.logsumexp(2) - similarity.diagonal(dim1=1, dim2=2)
-    return masked_mean(surprise, valid)
+    return masked_mean(surprise, valid, reduction)
 
 
 def wsc_loss(
@@ -157,6 +172,7 @@ def wsc_loss(
     margin: float = 0.07,
     temperature: float = 5.0,
     background_is_group: bool = False,
+    reduction: Reduction = mean_over_images,
 ) -> Float[Tensor, ""]:
     """Weakly supervised contrast between the semantic groups of one image (equations 9 to 11).
 
@@ -190,7 +206,7 @@ def wsc_loss(
         distances = _distances(unit, unit)
         near, far = _mean_of_pairs(distances, positive), _mean_of_pairs(distances, negative)
         contrast = F.softplus((near.clamp(min=margin) - far) / temperature)
-        return mean_over_images(contrast, positive.flatten(1).any(1) & negative.flatten(1).any(1))
+        return reduction(contrast, positive.flatten(1).any(1) & negative.flatten(1).any(1))
 
     weighted = _weighted(descriptors, attention)
     distances = torch.add(_distances(weighted, weighted), excluded, alpha=_EXCLUDED)
@@ -201,7 +217,7 @@ def wsc_loss(
         counted = (groups >= 0).any(1, keepdim=True).expand_as(groups)
     else:
         counted = positive.any(1) & negative.any(1)
-    return masked_mean(F.softplus(far - near), counted)
+    return masked_mean(F.softplus(far - near), counted, reduction)
 
 
 def edge_loss(
@@ -211,6 +227,7 @@ def edge_loss(
     *,
     form: EdgeForm = "mse",
     pooling: EdgePooling = "bilinear",
+    reduction: Reduction = mean_over_images,
 ) -> Float[Tensor, ""]:
     """Distance between the student's edge map and the teacher's (equation 12).
 
@@ -230,8 +247,8 @@ def edge_loss(
     error = predicted - _resample(target[:, None].to(predicted.dtype) / 255, size, pooling)
     error = error.square() if form == "mse" else error.abs()
     if valid is None:
-        return masked_mean(error, torch.ones_like(error))
-    return masked_mean(error, _resample((~valid)[:, None].to(predicted.dtype), size, pooling) == 0)
+        return masked_mean(error, torch.ones_like(error), reduction)
+    return masked_mean(error, _resample((~valid)[:, None].to(predicted.dtype), size, pooling) == 0, reduction)
 
 
 def widen(values: Tensor) -> Tensor:
@@ -239,21 +256,19 @@ def widen(values: Tensor) -> Tensor:
     return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
 
-def masked_mean(values: Float[Tensor, "b ..."], weights: Tensor) -> Float[Tensor, ""]:
+def masked_mean(
+    values: Float[Tensor, "b ..."], weights: Tensor, reduction: Reduction = mean_over_images
+) -> Float[Tensor, ""]:
     """Mean over images of the weighted mean over each image; 0 if there is no weight at all.
 
     Args:
         values: finite everywhere.
         weights: booleans, or weights in [0, 1], in the shape of ``values``; an image without any weight drops out.
+        reduction: of the images' means.
     """
     weights = weights.to(values.dtype)
     total = weights.flatten(1).sum(1)
-    return mean_over_images((weights * values).flatten(1).sum(1) / total.clamp(min=1), total > 0)
-
-
-def mean_over_images(values: Float[Tensor, " b"], used: Bool[Tensor, " b"]) -> Float[Tensor, ""]:
-    """Mean of the finite ``values`` of the images in use, 0 if there is none."""
-    return (used * values).sum() / used.sum().clamp(min=1)
+    return reduction((weights * values).flatten(1).sum(1) / total.clamp(min=1), total > 0)
 
 
 def _check(form: str, allowed: object, what: str) -> None:

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from samfeat.student.losses import masked_mean, mean_over_images, widen
+from samfeat.student.losses import Reduction, masked_mean, mean_over_images, widen
 
 _TILE = 256  # rows of a tile
 
@@ -27,6 +27,7 @@ def relation_loss(
     *,
     attention: Float[Tensor, "b 1 h3 w3"] | None = None,
     valid: Bool[Tensor, "b h4 w4"] | None = None,
+    reduction: Reduction = mean_over_images,
 ) -> Float[Tensor, ""]:
     """Mean difference between the cosines of all pairs of positions in the student and in the teacher.
 
@@ -43,6 +44,7 @@ def relation_loss(
         attention: attention map, any size; resized bilinearly.
         valid: where the targets hold, at any resolution; None for everywhere. A position takes part if all of its
             pixels are valid, a pair if both of its positions do; images without any drop out.
+        reduction: of the images' losses.
     """
     mask = _valid_positions(valid, student).flatten(1)
     features, targets = widen(student), _resized(teacher.detach(), student)
@@ -51,7 +53,7 @@ def relation_loss(
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else features.dtype
     with torch.autocast(device, enabled=False):
         losses = _RelationGap.apply(features, targets, weights, mask, dtype)
-    return mean_over_images(losses, mask.any(1))
+    return reduction(losses, mask.any(1))
 
 
 def feature_distillation_loss(
@@ -59,6 +61,7 @@ def feature_distillation_loss(
     teacher: Float[Tensor, "b c h2 w2"],
     *,
     valid: Bool[Tensor, "b h3 w3"] | None = None,
+    reduction: Reduction = mean_over_images,
 ) -> Float[Tensor, ""]:
     """Mean absolute difference between the features (direct semantic feature distillation, Table V).
 
@@ -68,7 +71,7 @@ def feature_distillation_loss(
     Args:
         student: distillation feature of the student.
         teacher: embedding of the teacher with the same channels, any size; resized bilinearly.
-        valid: as for :func:`relation_loss`.
+        valid, reduction: as for :func:`relation_loss`.
 
     Raises:
         ValueError: if the channels differ.
@@ -79,7 +82,7 @@ def feature_distillation_loss(
             "give both the same number, or use relation_loss, which takes any"
         )
     error = (widen(student) - _resized(teacher, student)).abs().mean(1)
-    return masked_mean(error, _valid_positions(valid, student))
+    return masked_mean(error, _valid_positions(valid, student), reduction)
 
 
 class _RelationGap(torch.autograd.Function):
