@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,6 +32,9 @@ class OneLineErrors(TyperGroup):
             return super().invoke(ctx)
         except KeyboardInterrupt:
             errors.print("interrupted: what is finished is kept, the same command goes on")
+            raise typer.Exit(INTERRUPTED) from None
+        except ConnectionError as error:
+            errors.print(f"interrupted: {_one_line(error)}", markup=False, style="red")
             raise typer.Exit(INTERRUPTED) from None
         except (ValueError, OSError, ImportError) as error:  # fsspec names the package that a URL needs
             if os.environ.get("SAMFEAT_TRACEBACK"):
@@ -216,6 +220,9 @@ def train(
     overfit: Annotated[
         bool, typer.Option("--overfit", help="Train on one batch only, to see the losses fall.")
     ] = False,
+    devices: Annotated[
+        int, typer.Option(min=1, help="Processes that share every batch, with GPUs one each. torchrun works as well.")
+    ] = 1,
 ) -> None:
     """Stage two: train the student from cached targets. Ctrl-C saves; --resume auto goes on."""
     if resume not in ("never", "auto"):
@@ -226,8 +233,14 @@ def train(
     from samfeat.pipelines.train import train as run
 
     config = load_config(preset, overrides or [])
+    if devices > 1 and "RANK" not in os.environ:
+        from samfeat.pipelines.processes import launch
+
+        raise typer.Exit(launch(devices, sys.argv[1:], report=errors.print))
     with training_line() as line:
         summary = run(cache, out, config, resume=resume == "auto", overfit=overfit, report=console.print, progress=line)
+    if not summary.last:
+        return  # the first process of several tells it
     first, last = summary.first, summary.last
     console.print(
         f"[bold]{summary.folder}[/]: {summary.steps} steps. Held-out views: MMA@3 {first['mma@3']:.3f} untrained, "

@@ -2,12 +2,12 @@
 
 Reading happens in threads, from the files straight into the batch, in the types that are stored; widening,
 homographies, photometric noise and the warping of targets happen in batches on the device. Every draw follows from
-(seed, step), so a resumed run repeats nothing and skips nothing.
+(seed, step, place in the batch), so a resumed run repeats nothing and skips nothing, and several processes that share a
+batch make together what one would make.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from samfeat.pipelines.cached import Source
 from samfeat.pipelines.config import DataConfig
 from samfeat.pipelines.homography import photometric, rasterise, sample_homographies, warp, warp_points, warp_targets
-from samfeat.teacher_cache.reader import empty_targets
 from samfeat.teacher_cache.schema import MAX_KEYPOINTS, POINTS, Targets
 from samfeat.teacher_cache.store import TeacherCache
 
@@ -103,6 +103,19 @@ class Batch(NamedTuple):
     supervised: Tensor
 
 
+class Part(NamedTuple):
+    """The items of a batch that one process makes: ``start`` to ``stop`` of ``total``."""
+
+    start: int
+    stop: int
+    total: int
+
+    @classmethod
+    def of(cls, total: int, rank: int, processes: int) -> Part:
+        """The part of process ``rank`` out of ``processes``; parts differ by one item at most."""
+        return cls(total * rank // processes, total * (rank + 1) // processes, total)
+
+
 def list_items(stores: Sequence[TeacherCache], data: DataConfig, held_out: set[tuple[int, int]]) -> list[Item]:
     """All items of an epoch: every good pair once as ``real`` and once as ``synthetic``, every photograph once.
 
@@ -132,78 +145,68 @@ def epoch_batches(items: Sequence[Item], batch_size: int, epoch: int, seed: int)
     return [[items[i] for i in part] for part in order[:usable].reshape(-1, batch_size)]
 
 
-def batch_memory(store: TeacherCache, batch_size: int, workers: int) -> Iterator[Targets]:
-    """Memory for :func:`read_batch`, the same again and again: fresh memory costs more than reading into it.
-
-    A batch from :func:`read_ahead` that was read into it holds until the next one is asked for.
-    """
-    return itertools.cycle([empty_targets(store.spec, 2 * batch_size) for _ in range(max(PREFETCHED, workers) + 2)])
+def item_generators(seed: int, step: int, part: Part) -> list[np.random.Generator]:
+    """One generator of random numbers for each item of a part of a step's batch."""
+    return [np.random.default_rng([seed, step, 1, place]) for place in range(part.start, part.stop)]
 
 
 def read_batch(
-    stores: Sequence[TeacherCache],
+    source: Source,
     items: Sequence[Item],
     data: DataConfig,
-    rng: np.random.Generator,
+    rngs: Sequence[np.random.Generator],
     memory: Targets | None = None,
 ) -> RawBatch:
-    """Read the items of one batch from their stores, every image once.
+    """Read the items of one batch, every image once.
 
     Args:
-        stores: the stores.
+        source: where from.
         items: what to read.
         data: labels with a lower score than its threshold take no part.
-        rng: draws the side of synthetic items, and the points of their descriptors.
-        memory: what to read into, see :func:`batch_memory`; new memory where None.
+        rngs: one an item; draws the side of a synthetic item, and the points of its descriptors.
+        memory: what to read into, see :func:`samfeat.pipelines.cached.batch_memory`; new memory where None.
 
     Raises:
         ValueError: a store is damaged.
     """
-    synthetic = np.array([item.kind == "synthetic" for item in items])
-    number = int((2 - synthetic).sum())
-    targets = (
-        empty_targets(stores[items[0].store].spec, number)
-        if memory is None
-        else Targets(*(array[:number] for array in memory))
-    )
-    counts = np.empty(len(targets.image), np.int64)
     sides = np.empty((2, len(items)), np.int64)
     points = np.empty((2, len(items), POINTS, 2), np.float32)
     valid = np.ones((len(items), POINTS), bool)
-    row = 0
-    for place, item in enumerate(items):
-        store = stores[item.store]
+    images: list[tuple[int, int]] = []
+    for place, (item, rng) in enumerate(zip(items, rngs, strict=True)):
+        sides[:, place] = len(images)
         if item.kind == "real":
-            pair = store.pair(item.index)
-            images, points[:, place], valid[place] = list(pair.images), pair.points, pair.valid
+            pair = source.pair(item.store, item.index)
+            points[:, place], valid[place] = pair.points, pair.valid
+            sides[1, place] += 1
+            images += [(item.store, image) for image in pair.images]
         else:
-            images = [2 * item.index + int(rng.integers(2)) if store.spec.paired else item.index]
-        sides[:, place] = row, row + len(images) - 1
-        for image in images:
-            view = Targets(*(array[row] for array in targets))
-            counts[row] = store.read_into(image, view)
-            row += 1
+            image = 2 * item.index + int(rng.integers(2)) if source.is_paired(item.store) else item.index
+            images.append((item.store, image))
+    targets, counts = source.read(images, memory)
+    size = (targets.image.shape[1], targets.image.shape[2])
+    for place, (item, rng) in enumerate(zip(items, rngs, strict=True)):
         if item.kind == "synthetic":
-            view = view._replace(keypoints=view.keypoints[: counts[row - 1]])
-            points[:, place] = descriptor_points(view, data, rng)
+            row = sides[0, place]
+            points[:, place] = descriptor_points(targets.keypoints[row, : counts[row]], size, data, rng)
     stored = np.arange(MAX_KEYPOINTS) < counts[:, None]
     return RawBatch(
-        images=torch.from_numpy(targets.image),
-        embedding=torch.from_numpy(targets.embedding),
-        embedding_scale=torch.from_numpy(targets.embedding_scale),
-        groups=torch.from_numpy(targets.groups.view(np.int16)),
-        edges=torch.from_numpy(targets.edges),
+        images=torch.as_tensor(targets.image),
+        embedding=torch.as_tensor(targets.embedding),
+        embedding_scale=torch.as_tensor(targets.embedding_scale),
+        groups=torch.as_tensor(targets.groups).view(torch.int16),
+        edges=torch.as_tensor(targets.edges),
         keypoints=torch.from_numpy(targets.keypoints)[..., :2],
         keypoint_mask=torch.from_numpy(stored & (targets.keypoints[..., 2] >= data.label_threshold)),
         sides=torch.from_numpy(sides),
         points=torch.from_numpy(points),
         valid=torch.from_numpy(valid),
-        synthetic=torch.from_numpy(synthetic),
+        synthetic=torch.from_numpy(np.array([item.kind == "synthetic" for item in items])),
     )
 
 
 def read_ahead(requests: Iterable[Callable[[], RawBatch]], workers: int) -> Iterator[RawBatch]:
-    """Run read requests in ``workers`` threads, a few batches ahead, results in order."""
+    """Run read requests in ``workers`` threads, ``PREFETCHED`` batches ahead at least, results in order."""
     if workers < 1:
         yield from (request() for request in requests)
         return
@@ -220,18 +223,38 @@ def read_ahead(requests: Iterable[Callable[[], RawBatch]], workers: int) -> Iter
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def make_batch(raw: RawBatch, data: DataConfig, generator: torch.Generator) -> Batch:
+def first_items(raw: RawBatch, count: int) -> RawBatch:
+    """The first items of a batch, and their images alone."""
+    images = int(raw.sides[1, count - 1]) + 1
+    of_images = {name: getattr(raw, name)[:images] for name in RawBatch._fields[:7]}
+    return RawBatch(
+        **of_images,
+        sides=raw.sides[:, :count],
+        points=raw.points[:, :count],
+        valid=raw.valid[:count],
+        synthetic=raw.synthetic[:count],
+    )
+
+
+def make_batch(raw: RawBatch, data: DataConfig, generator: torch.Generator, part: Part | None = None) -> Batch:
     """Widen a batch on the generator's device, warp the synthetic views and their targets, add photometric noise.
 
     The identity stands in for the homography of real pairs, which it leaves as they are.
+
+    Args:
+        raw: what was read.
+        data: how synthetic views are made.
+        generator: source of all draws.
+        part: the items are this part of a batch, and get what they would get in the whole; None: they are the whole.
     """
     device, count = generator.device, len(raw.synthetic)
+    start, stop, total = part or Part(0, count, count)
     size = (raw.images.shape[1], raw.images.shape[2])
     raw = RawBatch(*(tensor.to(device, non_blocking=True) for tensor in raw))
     points, synthetic, (left, right) = raw.points, raw.synthetic, raw.sides
 
-    homographies = sample_homographies(count, size, generator=generator, config=data.homography)
-    copies = torch.rand(count, generator=generator, device=device) < data.identity_probability
+    homographies = sample_homographies(total, size, generator=generator, config=data.homography)[start:stop]
+    copies = torch.rand(total, generator=generator, device=device)[start:stop] < data.identity_probability
     warped_view = synthetic & ~copies
     homographies = torch.where(warped_view[:, None, None], homographies, torch.eye(3, device=device))
 
@@ -249,7 +272,14 @@ def make_batch(raw: RawBatch, data: DataConfig, generator: torch.Generator) -> B
 
     images = raw.images.permute(0, 3, 1, 2)
     views = torch.cat([images[left].float(), warp(images[right].float(), homographies)])
-    noisy = photometric(views, generator=generator, probability=data.photometric_probability)
+    own = torch.arange(start, stop, device=device)
+    noisy = photometric(
+        views,
+        generator=generator,
+        probability=data.photometric_probability,
+        rows=None if part is None else torch.cat([own, total + own]),
+        drawn=2 * total,
+    )
     keypoints = torch.cat([raw.keypoints[left], right_keypoints])
     return Batch(
         images=noisy / 127.5 - 1,
@@ -283,15 +313,22 @@ def _embedding(raw: RawBatch, rows: Tensor) -> Tensor:
     return raw.embedding[rows] * raw.embedding_scale[rows, None]
 
 
-def descriptor_points(targets: Targets, data: DataConfig, rng: np.random.Generator) -> np.ndarray:
+def descriptor_points(
+    keypoints: np.ndarray, size: tuple[int, int], data: DataConfig, rng: np.random.Generator
+) -> np.ndarray:
     """Where descriptors are trained in a synthetic pair: float32 [POINTS, 2], (x, y).
 
     Half of the points at most are detector labels, drawn at random; the rest is drawn one a cell of a square grid, so
     that the descriptors learn flat regions, too.
+
+    Args:
+        keypoints: the detector's labels, [K, 3], (x, y, score).
+        size: (height, width) of the image.
+        data: labels with a lower score than its threshold take no part.
+        rng: source of the draws.
     """
-    height, width = targets.image.shape[:2]
-    labels = targets.keypoints[targets.keypoints[:, 2] >= data.label_threshold, :2]
+    labels = keypoints[keypoints[:, 2] >= data.label_threshold, :2]
     labels = labels[rng.permutation(len(labels))[: POINTS // 2]]
     cells = CELLS[rng.permutation(len(CELLS))[: POINTS - len(labels)]]
-    scattered = (cells + rng.random(cells.shape)) * ((np.array([width, height]) - 1) / GRID)
+    scattered = (cells + rng.random(cells.shape)) * ((np.array(size[::-1]) - 1) / GRID)
     return np.concatenate([labels, scattered]).astype(np.float32)

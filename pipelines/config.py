@@ -37,7 +37,9 @@ class DataConfig:
         photometric_probability: share of items whose views get light, contrast, noise and blur changes.
         homography: the distribution of the homographies.
         label_threshold: detector labels with a lower score are not used.
-        workers: processes that read the store; 0 reads in the training process.
+        workers: threads that read the stores ahead; 0 reads when the step asks.
+        in_memory: ``host`` or ``device`` copies all that training needs of the stores there once, before the first
+            step, and reads no file afterwards.
     """
 
     real_pairs: bool = True
@@ -48,6 +50,7 @@ class DataConfig:
     homography: HomographyConfig = field(default_factory=HomographyConfig)
     label_threshold: float = 0.0
     workers: int = 1
+    in_memory: Literal["none", "host", "device"] = "none"
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,7 @@ class OptimiserConfig:
         weight_decay: L2-style decay, as in the released code.
         schedule: ``linear`` to zero per step, after a warm-up; ``released`` steps once an epoch, as the released code.
         warmup: share of all steps spent rising to the peak (``linear`` only).
-        batch_size: items (pairs) in a step; twice as many images.
+        batch_size: items (pairs) in a step, over all processes; twice as many images.
         epochs: passes over all items.
         steps: stop after that many steps instead (and shape the schedule for them).
         clip_norm: largest norm of the gradient; 0 does not clip.
@@ -129,6 +132,7 @@ class RunConfig:
         seed: every random choice follows from it.
         precision: ``auto`` is bf16 where the device has it in hardware, else fp32.
         accelerator: ``auto``, ``cpu`` or ``cuda``.
+        compile: translate the network with torch.compile, which takes a minute and a C++ compiler.
         validation_images: images kept out of training, whole scenes at a time, for validation.
         validation_pairs: homography pairs made from them, the same ones at every validation.
         validate_every, checkpoint_every, log_every: in steps.
@@ -138,6 +142,7 @@ class RunConfig:
     seed: int = 0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
+    compile: bool = False
     validation_images: int = 8
     validation_pairs: int = 16
     validate_every: int = 1000

@@ -191,7 +191,12 @@ def rasterise(
 
 
 def photometric(
-    images: Float[Tensor, "b 3 H W"], *, generator: torch.Generator, probability: float = 0.5
+    images: Float[Tensor, "b 3 H W"],
+    *,
+    generator: torch.Generator,
+    probability: float = 0.5,
+    rows: Int[Tensor, " b"] | None = None,
+    drawn: int = 0,
 ) -> Float[Tensor, "b 3 H W"]:
     """Photometric noise, drawn for each image on its own.
 
@@ -202,17 +207,23 @@ def photometric(
         images: values in [0, 255].
         generator: source of all draws, on any device.
         probability: share of the images that change at all.
+        rows, drawn: the images are ``rows`` of a larger batch of ``drawn`` images, and are to change as there; the
+            draws of the others are thrown away. None: they are the whole batch.
 
     Returns:
         new images, values in [0, 255].
     """
     from kornia.filters import motion_blur
 
-    count, _, height, width = images.shape
+    height, width = images.shape[-2:]
+    count = len(images) if rows is None else drawn
+
+    def own(draws: Tensor) -> Tensor:
+        return (draws if rows is None else draws[rows]).to(images.device)
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         draws = torch.rand(count, *shape, generator=generator, device=generator.device)
-        return low + (high - low) * draws.to(images.device)
+        return low + (high - low) * own(draws)
 
     def chance(share: float) -> Tensor:
         return uniform(0, 1, 1, 1, 1) < share
@@ -220,7 +231,7 @@ def photometric(
     middle = 127.0
     noisy = (images + uniform(-50, 50, 1, 1, 1)).clamp(0, 255)
     noisy = (middle + uniform(0.5, 1.5, 1, 1, 1) * (noisy - middle)).clamp(0, 255)
-    grain = torch.randn(count, 1, height, width, generator=generator, device=generator.device).to(images.device)
+    grain = own(torch.randn(count, 1, height, width, generator=generator, device=generator.device))
     noisy = (noisy + uniform(0, 10, 1, 1, 1) * grain).clamp(0, 255)
     hit = uniform(0, 1, *images.shape[1:]) < uniform(0, 0.0035, 1, 1, 1)
     impulse = 255 * torch.sin(math.pi / 2 * uniform(0, 1, *images.shape[1:])) ** 2  # the Beta(1/2, 1/2) distribution

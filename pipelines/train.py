@@ -1,55 +1,49 @@
 """Stage two: train the student from cached targets. Nothing here, or imported from here, reaches SAM.
 
-A run lives in one folder: ``config.yaml``, ``last.ckpt`` and ``previous.ckpt`` (everything needed to go on),
-``weights.safetensors`` (the latest student), ``best.safetensors`` (the best by validation), ``metrics.jsonl``,
-TensorBoard events, ``curves.png``. Every random choice follows from the seed and the number of the step, so the step is
-all that a checkpoint has to say about random states and the sampler's position.
+A run lives in one folder, see :mod:`samfeat.pipelines.run_folder`. Every random choice follows from the seed, the
+number of the step and the place in the batch, so the step is all that a checkpoint has to say about random states and
+the sampler's position, and any number of processes can share a batch.
 """
 
 from __future__ import annotations
 
-import io
-import json
 import math
-import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, NoReturn
 
-import numpy as np
 import torch
-from lightning_fabric import Fabric
-from omegaconf import OmegaConf
-from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from samfeat.pipelines.batches import (
+    PREFETCHED,
     Item,
+    Part,
     RawBatch,
-    batch_memory,
     epoch_batches,
+    item_generators,
     list_items,
-    make_batch,
     read_ahead,
     read_batch,
 )
-from samfeat.pipelines.checkpoint import load_state, save_state
+from samfeat.pipelines.cached import FromDisk, InMemory, Source, batch_memory
 from samfeat.pipelines.config import Config, learning_rate
-from samfeat.pipelines.files import allow_many_files, write_bytes
+from samfeat.pipelines.files import allow_many_files
 from samfeat.pipelines.interruption import Interruption
-from samfeat.pipelines.objective import losses, total
-from samfeat.pipelines.report import draw_curves, forget_after
+from samfeat.pipelines.pace import Clock, LateValues
+from samfeat.pipelines.processes import connect, lost_processes
+from samfeat.pipelines.report import draw_curves
+from samfeat.pipelines.run_folder import RunFolder
+from samfeat.pipelines.step import TrainingStep, out_of_memory
 from samfeat.pipelines.validation import Validation, hold_out
-from samfeat.student.export import save_weights
-from samfeat.student.extractor import EXTRACTION_PRESETS
-from samfeat.student.network import SAMFeatNetwork
-from samfeat.teacher_cache.schema import package_versions
+from samfeat.teacher_cache.schema import Targets
 from samfeat.teacher_cache.store import TeacherCache, open_stores
 
 MOST_BAD_STEPS = 3  # in a row; then the run stops
-RECORDED = ("samfeat", "torch", "lightning-fabric", "zarr", "numpy", "opencv-python", "kornia")
+LATE = 2  # steps on a GPU whose values have not been read yet, so that it never waits for the host
+COUNTERS = ("step", "bad_steps", "first", "latest", "best")  # beside weights and optimiser, the state of a run
 
 
 class Progress(NamedTuple):
@@ -58,7 +52,7 @@ class Progress(NamedTuple):
     Attributes:
         step, steps: done and in all.
         terms: the latest loss terms, by name, with ``total``.
-        images_per_second: since the run started.
+        images_per_second: since the last display, by all processes.
         validation: the latest validation figures.
     """
 
@@ -97,6 +91,9 @@ def train(
 ) -> TrainSummary:
     """Train a student from every store of ``cache`` and write the run ``folder``.
 
+    Started by torchrun (or :func:`samfeat.pipelines.processes.launch`), several processes share every batch and come to
+    what one process would come to; the first one alone writes and reports.
+
     Args:
         cache: a folder with ``*.zarr`` stores, or one store.
         folder: the run's folder; new or empty unless ``resume``.
@@ -109,19 +106,22 @@ def train(
     Raises:
         FileNotFoundError, ValueError: no usable store, stores that do not fit together, a run folder in use, a
             checkpoint of another configuration or of other stores, losses that are not finite three steps in a row,
-            CUDA asked for where there is none.
+            CUDA asked for where there is none, not enough memory for the batch.
+        ConnectionError: another process of the run is gone; the run can go on from its last checkpoint.
         KeyboardInterrupt: Ctrl-C or SIGTERM, answered after the step under way, with ``last.ckpt`` written.
     """
     allow_many_files()
     stores = open_stores(cache)
     _check_stores(stores)
-    run = _Run(stores, Path(folder), config, overfit=overfit, report=report)
-    run.prepare(resume=resume)
+    run = _Run(stores, RunFolder(Path(folder), config, stores, overfit=overfit), config, overfit=overfit, report=report)
     try:
-        with Interruption() as interruption:
+        with lost_processes(), Interruption() as interruption:
+            run.prepare(resume=resume)
             return run.fit(progress, interruption)
     finally:
-        run.writer.close()
+        run.folder.close()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 class _Run:
@@ -130,71 +130,50 @@ class _Run:
     def __init__(
         self,
         stores: list[TeacherCache],
-        folder: Path,
+        folder: RunFolder,
         config: Config,
         *,
         overfit: bool,
         report: Callable[[str], None],
     ) -> None:
         self.stores, self.folder, self.config, self.report = stores, folder, config, report
-        self.fabric = _fabric(config)
         held_out = set() if overfit else hold_out(stores, config.run)
         items = list_items(stores, config.data, held_out)
         size = min(config.optimiser.batch_size, len(items))
         if size == 0:
             raise ValueError("nothing to train on: every image failed in stage one, is held out, or is switched off")
+        self.fabric = connect(config.run)
+        if size < self.fabric.world_size:
+            raise ValueError(f"a batch of {size} items cannot be shared by {self.fabric.world_size} processes")
         self.batch_size, self.items, self.overfit = size, items, overfit
+        self.part = Part.of(size, self.fabric.global_rank, self.fabric.world_size)
         self.steps_per_epoch = len(items) // size
         self.steps = config.optimiser.steps or config.optimiser.epochs * self.steps_per_epoch
         shown = held_out or {(item.store, _first_image(stores, item)) for item in items[: config.run.validation_images]}
         self.validation = Validation(stores, sorted(shown), config.run, config.data.homography)
 
-        generator = torch.Generator().manual_seed(config.run.seed)
-        self.student = SAMFeatNetwork(config.network, generator=generator)
-        for parameter in self.student.parameters():
-            if parameter.ndim == 4:
-                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
-        self.adam = torch.optim.Adam(
-            self.student.parameters(),
-            lr=config.optimiser.learning_rate,
-            weight_decay=config.optimiser.weight_decay,
-            fused=True,
-        )
-        self.network, self.optimiser = self.fabric.setup(self.student, self.adam)
+        self.one_step = TrainingStep(config, self.fabric)
         self.step = 0
         self.bad_steps: list[int] = []
         self.first: dict[str, float] = {}
         self.latest: dict[str, float] = {}
         self.best = -math.inf
         self._epoch: tuple[int, list[list[Item]]] = -1, []
-        self.writer: SummaryWriter
+        self._late: deque[LateValues] = deque()
 
     # -- beginning ----------------------------------------------------------------------------------------------------
 
     def prepare(self, *, resume: bool) -> None:
         """Make the folder, or load the state to go on from."""
-        if not resume and self.folder.exists() and any(self.folder.iterdir()):
-            raise ValueError(f"{self.folder} is not empty: choose another --out, or go on with --resume auto")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        state = load_state(self.folder, self.fabric.device) if resume else None
+        state = self.folder.load(resume=resume, device=self.fabric.device)
         if state:
-            self._restore(state)
-        else:
-            OmegaConf.save(OmegaConf.structured(self.config), self.folder / "config.yaml")
-        forget_after(self.folder / "metrics.jsonl", self.step if state else -1)
-        self.writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.step or None)
-
-    def _restore(self, state: dict[str, Any]) -> None:
-        mine = {"config": self.config.to_dict(), "stores": self._identity(), "overfit": self.overfit}
-        differences = _differences({key: state[key] for key in mine}, mine)
-        if differences:
-            raise ValueError(
-                f"{self.folder} belongs to another run ({'; '.join(differences[:5])}): choose another --out"
-            )
-        self.network.load_state_dict(state["network"])
-        self.optimiser.load_state_dict(state["optimiser"])
-        self.step, self.first, self.latest, self.best = (state[key] for key in ("step", "first", "latest", "best"))
-        self.bad_steps = state["bad_steps"]
+            self.one_step.student.load_state_dict(state["network"])
+            self.one_step.adam.load_state_dict(state["optimiser"])
+            for name in COUNTERS:
+                setattr(self, name, state[name])
+        self.fabric.barrier()  # all have looked before the first one writes
+        if self.fabric.is_global_zero:
+            self.folder.begin(self.step, new=state is None)
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 
@@ -202,165 +181,141 @@ class _Run:
         """All steps that are left."""
         if not self.first:
             self.first = self.latest = self._validate()
-        started, begun = time.monotonic(), self.step
-        self.network.train()
-        for raw in read_ahead(self._requests(), self.config.data.workers):
-            terms = self._one_step(raw)
+        alone = self.fabric.world_size == 1  # several processes stop by what their steps' values say, all at one step
+        every, clock = self.config.run, Clock(self.step)
+        batches = read_ahead(self._requests(self._source()), self.config.data.workers)
+        while True:
+            with clock.waiting():
+                raw = next(batches, None)
+            if raw is None:
+                return TrainSummary(self.folder.path, self.steps, self.first, self.latest)
+            self._one_step(raw, asked=interruption.asked)
             self.step += 1
-            if not math.isfinite(terms["total"]):
-                self._skipped(terms)
-            due = self.step % self.config.run.log_every == 0 or self.step in (1, self.steps)
-            rate = 2 * self.batch_size * (self.step - begun) / (time.monotonic() - started)
-            if due:
-                values = self._log(terms, rate)
-                if progress:
-                    progress(Progress(self.step, self.steps, values, rate, self.latest))
-            if self.step % self.config.run.validate_every == 0 or self.step == self.steps:
-                self.latest = self._validate()
-            if self.step % self.config.run.checkpoint_every == 0 or self.step == self.steps or interruption.asked:
-                self._save()
-            if interruption.asked and self.step < self.steps:
+            validate = self.step % every.validate_every == 0 or self.step == self.steps
+            save = self.step % every.checkpoint_every == 0 or self.step == self.steps
+            stop = self._harvest(clock, progress, every_one=validate or save or (alone and interruption.asked))
+            stop = (interruption.asked if alone else stop) and self.step < self.steps
+            with clock.aside():
+                if validate:
+                    self.latest = self._validate()
+                if save or stop:
+                    self._save()
+            if stop:
                 raise KeyboardInterrupt
-        return TrainSummary(self.folder, self.steps, self.first, self.latest)
 
-    def _requests(self) -> Iterator[Callable[[], RawBatch]]:
+    def _source(self) -> Source:
+        where = self.config.data.in_memory
+        if where == "none":
+            return FromDisk(self.stores)
+        return InMemory(self.stores, self.fabric.device if where == "device" else torch.device("cpu"))
+
+    def _requests(self, source: Source) -> Iterator[Callable[[], RawBatch]]:
         """One read request a step, from the current step to the last."""
-        memory = batch_memory(self.stores[0], self.batch_size, self.config.data.workers)
+        pieces = max(PREFETCHED, self.config.data.workers) + 2 + LATE
+        memory = batch_memory(self.stores[0], 2 * (self.part.stop - self.part.start), pieces)
         for step in range(self.step, self.steps):
-            number = 0 if self.overfit else step
-            rng = np.random.default_rng([self.config.run.seed, number, 1])
-            yield partial(read_batch, self.stores, self._items_of(number), self.config.data, rng, next(memory))
+            yield partial(self._read, source, step, next(memory) if isinstance(source, FromDisk) else None)
+
+    def _read(self, source: Source, step: int, memory: Targets | None) -> RawBatch:
+        number = self._number(step)
+        rngs = item_generators(self.config.run.seed, number, self.part)
+        return read_batch(
+            source, self._items_of(number)[self.part.start : self.part.stop], self.config.data, rngs, memory
+        )
+
+    def _number(self, step: int) -> int:
+        """Of the batch that a step trains on."""
+        return 0 if self.overfit else step
 
     def _items_of(self, number: int) -> list[Item]:
-        """The items of a step's batch."""
+        """The items of a batch."""
         epoch, place = divmod(number, self.steps_per_epoch)
         if self._epoch[0] != epoch:
             self._epoch = epoch, epoch_batches(self.items, self.batch_size, epoch, self.config.run.seed)
         return self._epoch[1][place]
 
-    def _one_step(self, raw: RawBatch) -> dict[str, Tensor]:
-        number = 0 if self.overfit else self.step
-        generator = torch.Generator(self.fabric.device).manual_seed(self.config.run.seed * 1_000_003 + number)
-        batch = make_batch(raw, self.config.data, generator)
-        for group in self.optimiser.param_groups:
-            group["lr"] = learning_rate(self.config.optimiser, self.step, self.steps, self.steps_per_epoch)
-        output = self.network(batch.images.contiguous(memory_format=torch.channels_last))
-        with self.fabric.autocast():
-            terms = losses(output, batch, self.config.losses, sampling=self.config.network.sampling)
-        terms["total"] = total(terms, self.config.losses)
-        self.optimiser.zero_grad(set_to_none=True)
-        self.fabric.backward(terms["total"])
-        if self.config.optimiser.clip_norm:
-            self.fabric.clip_gradients(self.network, self.optimiser, max_norm=self.config.optimiser.clip_norm)
-        cast(Any, self.adam).found_inf = (
-            ~torch.isfinite(terms["total"])
-        ).float()  # the step is then left out, on the device
-        self.optimiser.step()
-        return {name: term.detach() for name, term in terms.items()}
+    def _one_step(self, raw: RawBatch, *, asked: bool) -> None:
+        rate = learning_rate(self.config.optimiser, self.step, self.steps, self.steps_per_epoch)
+        values = None
+        try:
+            values = self.one_step(raw, self._number(self.step), learning_rate=rate, part=self.part, asked=asked)
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+        if values is None:  # the memory of the failed step is free by now
+            self._refuse_batch_size(raw)
+        self._late.append(LateValues.of(self.step + 1, values))
 
-    def _skipped(self, terms: dict[str, Tensor]) -> None:
-        """Name and save the batch of a step whose loss is not finite; stop where that happens again and again."""
-        number = self.step - 1
+    def _refuse_batch_size(self, raw: RawBatch) -> NoReturn:
+        size, advice = self.batch_size, "try half of it"
+        if self.fabric.world_size == 1:
+            fits = self.one_step.largest_that_fits(raw)
+            advice = f"{fits} would fit" if fits else "not even 1 fits: train on smaller crops, or on another device"
+        raise ValueError(f"not enough memory on {self.fabric.device} for optimiser.batch_size={size}: {advice}")
+
+    def _harvest(self, clock: Clock, progress: Callable[[Progress], None] | None, *, every_one: bool) -> bool:
+        """Look at the values of finished steps, of all or of all but the latest; whether one was asked to stop."""
+        asked = False
+        while self._late and (every_one or len(self._late) > (LATE if self._late[0].copied else 0)):
+            late = self._late.popleft()
+            step, named = late.step, dict(zip(self.one_step.names, late.read()))
+            asked |= named.pop("asked") > 0
+            if not all(map(math.isfinite, named.values())):
+                self._left_out(step, named)
+            if step % self.config.run.log_every == 0 or step in (1, self.steps):
+                speed, waiting = clock.read(step)
+                rate = learning_rate(self.config.optimiser, step - 1, self.steps, self.steps_per_epoch)
+                norm = named.pop("gradient_norm")
+                around = {"images_per_second": 2 * self.batch_size * speed, "waiting": waiting, "learning_rate": rate}
+                terms = {f"loss/{name}": value for name, value in named.items()}
+                self.folder.record(step, around | {"gradient_norm": norm} | terms)
+                if progress and self.fabric.is_global_zero:
+                    progress(Progress(step, self.steps, named, 2 * self.batch_size * speed, self.latest))
+        return asked
+
+    def _left_out(self, step: int, named: dict[str, float]) -> None:
+        """Name and save the batch of a step that is not finite; stop where that happens again and again."""
+        number = step - 1
         self.bad_steps.append(number)
-        items = self._items_of(0 if self.overfit else number)
-        rng = np.random.default_rng([self.config.run.seed, number, 1])
-        raw = read_batch(self.stores, items, self.config.data, rng)
-        buffer = io.BytesIO()
-        torch.save(raw._asdict(), buffer)
-        path = write_bytes(self.folder / f"bad_batch_{number}.pt", buffer.getvalue())
-        names = ", ".join(self.stores[item.store].names[_first_image(self.stores, item)] for item in items)
-        bad = [name for name, value in terms.items() if not math.isfinite(value)]
-        report = f"step {number} left out: {', '.join(bad)} not finite for {names} (saved as {path.name})"
-        self._record({"step": self.step, "left_out": len(self.bad_steps)})
+        bad = ", ".join(name for name, value in named.items() if not math.isfinite(value))
+        what = f"step {number} left out: {bad} not finite"
+        if self.fabric.is_global_zero:
+            items, whole = self._items_of(self._number(number)), Part(0, self.batch_size, self.batch_size)
+            rngs = item_generators(self.config.run.seed, self._number(number), whole)
+            path = self.folder.save_bad_batch(number, read_batch(FromDisk(self.stores), items, self.config.data, rngs))
+            names = ", ".join(self.stores[item.store].names[_first_image(self.stores, item)] for item in items)
+            what += f" for {names} (saved as {path.name})"
+            self.folder.record(step, {"left_out": len(self.bad_steps)})
         if self.bad_steps[-MOST_BAD_STEPS:] == list(range(number - MOST_BAD_STEPS + 1, number + 1)):
             raise ValueError(
-                f"{report}, {MOST_BAD_STEPS} in a row: lower optimiser.learning_rate, or look at the batches; "
-                f"{self.folder / 'last.ckpt'} is from before"
+                f"{what}, {MOST_BAD_STEPS} in a row: lower optimiser.learning_rate, or look at the batches; "
+                f"{self.folder.path / 'last.ckpt'} is from before"
             )
-        self.report(report)
+        if self.fabric.is_global_zero:
+            self.report(what)
 
     def _validate(self) -> dict[str, float]:
-        self.network.eval()
-        with self.fabric.autocast():
-            figures = self.validation.run(self.student, self.config)
-        self.network.train()
-        self._record({"step": self.step} | {f"validation/{name}": value for name, value in figures.items()})
-        draw_curves(self.folder)
-        if figures["mma@3"] > self.best and self.step:
-            self.best = figures["mma@3"]
-            self._save_weights("best.safetensors", figures)
+        """Figures of the student as it is; the first process alone looks."""
+        figures: dict[str, float] = {}
+        if self.fabric.is_global_zero:
+            self.one_step.student.eval()
+            with self.one_step.autocast:
+                figures = self.validation.run(self.one_step.student, self.config)
+            self.folder.record(self.step, {f"validation/{name}": value for name, value in figures.items()})
+            draw_curves(self.folder.path)
+            if figures["mma@3"] > self.best and self.step:
+                self.best = figures["mma@3"]
+                self.folder.save_weights("best.safetensors", self.one_step.student, step=self.step, figures=figures)
+        self.one_step.student.train()
+        self.fabric.barrier()
         return figures
 
-    # -- writing ------------------------------------------------------------------------------------------------------
-
-    def _log(self, terms: dict[str, Tensor], rate: float) -> dict[str, float]:
-        values = {name: float(term.detach()) for name, term in terms.items()}
-        rate_now = self.optimiser.param_groups[0]["lr"]
-        self._record(
-            {"step": self.step, "images_per_second": rate, "learning_rate": rate_now}
-            | {f"loss/{name}": value for name, value in values.items()}
-        )
-        return values
-
-    def _record(self, values: dict[str, float]) -> None:
-        with (self.folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(values) + "\n")
-        for name, value in values.items():
-            if name != "step":
-                self.writer.add_scalar(name, value, values["step"])
-
     def _save(self) -> None:
-        state = {
-            "step": self.step,
-            "bad_steps": self.bad_steps,
-            "first": self.first,
-            "latest": self.latest,
-            "best": self.best,
-            "overfit": self.overfit,
-            "config": self.config.to_dict(),
-            "stores": self._identity(),
-            "network": self.network.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
-        }
-        save_state(self.folder, state)
-        self._save_weights("weights.safetensors", {})
-
-    def _save_weights(self, name: str, figures: dict[str, float]) -> None:
-        save_weights(
-            self.folder / name,
-            self.student,
-            extraction=asdict(EXTRACTION_PRESETS[self.config.network_preset]),
-            provenance={
-                "config": self.config.to_dict(),
-                "step": self.step,
-                "validation": figures,
-                "stores": [{"name": store.path.name, **store.provenance.to_json()} for store in self.stores],
-                "versions": package_versions(*RECORDED),
-            },
+        self.folder.save(
+            {name: getattr(self, name) for name in COUNTERS},
+            self.one_step.student,
+            self.one_step.adam,
         )
-
-    def _identity(self) -> list[dict[str, Any]]:
-        return [
-            {"name": store.path.name, "images": len(store)} | json.loads(json.dumps(store.provenance.identity))
-            for store in self.stores
-        ]
-
-
-def _fabric(config: Config) -> Fabric:
-    run = config.run
-    if run.accelerator == "cuda" and not torch.cuda.is_available():
-        raise ValueError("run.accelerator=cuda, but this machine has no usable CUDA device: leave it at auto")
-    accelerator = "cuda" if run.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
-    precision = run.precision
-    if precision == "auto":
-        precision = "bf16" if _has_bf16(accelerator) else "fp32"
-    return Fabric(accelerator=accelerator, devices=1, precision="bf16-mixed" if precision == "bf16" else "32-true")
-
-
-def _has_bf16(accelerator: str) -> bool:
-    if accelerator == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _check_stores(stores: Sequence[TeacherCache]) -> None:
@@ -376,13 +331,3 @@ def _check_stores(stores: Sequence[TeacherCache]) -> None:
 
 def _first_image(stores: Sequence[TeacherCache], item: Item) -> int:
     return 2 * item.index if stores[item.store].spec.paired else item.index
-
-
-def _differences(there: Any, here: Any, prefix: str = "") -> list[str]:
-    """One readable line for every value that differs between two trees of plain values."""
-    if isinstance(there, dict) and isinstance(here, dict):
-        keys = sorted(there.keys() | here.keys())
-        return [
-            line for key in keys for line in _differences(there.get(key), here.get(key), f"{prefix}.{key}".strip("."))
-        ]
-    return [] if there == here else [f"{prefix}: {there!r} there, {here!r} asked for"[:200]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 
 import cv2
 import numpy as np
@@ -12,15 +13,19 @@ from toys import SIZE, toy_store
 
 from samfeat.pipelines.batches import (
     Item,
+    Part,
     RawBatch,
     descriptor_points,
     epoch_batches,
+    first_items,
     groups_at,
+    item_generators,
     list_items,
     make_batch,
     read_ahead,
     read_batch,
 )
+from samfeat.pipelines.cached import FromDisk, InMemory, batch_memory
 from samfeat.pipelines.config import DataConfig
 from samfeat.teacher_cache.schema import POINTS
 
@@ -38,7 +43,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def raw_batch(store, *items: Item, data: DataConfig = QUIET, seed: int = 0) -> RawBatch:
-    return read_batch([store], items, data, np.random.default_rng(seed))
+    return read_batch(FromDisk([store]), items, data, item_generators(seed, 0, Part(0, len(items), len(items))))
 
 
 def test_every_pair_is_an_item_of_both_kinds_and_failures_and_held_out_are_none(tmp_path):
@@ -160,7 +165,7 @@ def test_batches_repeat_by_seed_and_noise_stays_in_range(store):
 
 def test_descriptor_points_mix_labels_and_the_whole_image(store):
     targets = store[0]
-    points = descriptor_points(targets, DataConfig(), np.random.default_rng(0))
+    points = descriptor_points(targets.keypoints, SIZE, DataConfig(), np.random.default_rng(0))
     assert points.shape == (POINTS, 2)
     assert points.min() >= 0
     assert points.max() <= SIZE[0] - 1
@@ -168,8 +173,64 @@ def test_descriptor_points_mix_labels_and_the_whole_image(store):
     assert sum(tuple(point) in labels for point in points) == min(len(labels), POINTS // 2)
     occupied = np.histogram2d(*points.T, bins=8, range=[[0, 63]] * 2)[0] > 0
     assert occupied.all()
-    strict = descriptor_points(targets, DataConfig(label_threshold=2.0), np.random.default_rng(0))
+    strict = descriptor_points(targets.keypoints, SIZE, DataConfig(label_threshold=2.0), np.random.default_rng(0))
     assert sum(tuple(point) in labels for point in strict) == 0
+
+
+ITEMS = (REAL, SYNTHETIC, Item(0, "synthetic", 0), Item(0, "real", 3), Item(0, "synthetic", 5))
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_the_parts_of_several_processes_make_the_batch_of_one(store, processes):
+    data = DataConfig(photometric_probability=0.7)
+    whole = make_batch(raw_batch(store, *ITEMS, data=data), data, generator(4))
+    parts = [Part.of(len(ITEMS), rank, processes) for rank in range(processes)]
+    assert [place for part in parts for place in range(part.start, part.stop)] == list(range(len(ITEMS)))
+    for part in parts:
+        rngs = item_generators(0, 0, part)
+        raw = read_batch(FromDisk([store]), ITEMS[part.start : part.stop], data, rngs)
+        batch = make_batch(raw, data, generator(4), part)
+        items = torch.arange(part.start, part.stop)
+        views = torch.cat([items, len(ITEMS) + items])
+        for name, own, other in zip(batch._fields, batch, whole):
+            expected = other[:, items] if name == "points" else other[items if name == "valid" else views]
+            torch.testing.assert_close(own, expected, rtol=0, atol=0, msg=name)
+
+
+def test_a_copy_in_memory_gives_the_same_batches(store, tmp_path):
+    photos = toy_store(tmp_path / "b.zarr", 3, paired=False, shard_images=2)
+    seen = []
+    source = InMemory([store, photos], torch.device("cpu"), progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(len(store) + 3, len(store) + 3)]
+    items = [*ITEMS, Item(1, "synthetic", 2)]
+    rngs = [item_generators(0, 0, Part(0, len(items), len(items))) for _ in range(2)]
+    expected = read_batch(FromDisk([store, photos]), items, QUIET, rngs[0])
+    copied = read_batch(source, items, QUIET, rngs[1])
+    for name, own, other in zip(expected._fields, copied, expected):
+        kept = expected.keypoint_mask if name == "keypoints" else ...
+        assert torch.equal(own[kept], other[kept]), name
+
+
+def test_a_copy_that_does_not_fit_is_refused(store, monkeypatch):
+    monkeypatch.setattr("psutil.virtual_memory", lambda: types.SimpleNamespace(available=100_000))
+    with pytest.raises(ValueError, match=r"a copy of the stores takes .* leave it at none"):
+        InMemory([store], torch.device("cpu"))
+
+
+def test_memory_comes_round_again(store):
+    memory = batch_memory(store, 4, 2)
+    first, second, third = (next(memory) for _ in range(3))
+    assert first.image is third.image
+    assert first.image is not second.image
+    assert len(first.image) == 4
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_the_first_items_are_a_batch_of_their_own(store, count):
+    whole = raw_batch(store, *ITEMS)
+    for name, own, other in zip(whole._fields, first_items(whole, count), raw_batch(store, *ITEMS[:count])):
+        kept = first_items(whole, count).keypoint_mask if name == "keypoints" else ...
+        assert torch.equal(own[kept], other[kept]), name
 
 
 def test_groups_at_reads_the_nearest_pixel():

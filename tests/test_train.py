@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from toys import toy_store
 
-import samfeat.pipelines.train as training
+import samfeat.pipelines.step as stepping
 from samfeat.pipelines.config import learning_rate, load_config
 from samfeat.pipelines.objective import losses, total
 from samfeat.pipelines.train import train
@@ -106,7 +106,8 @@ def assert_equal_runs(folder, other):
     expected, got = (load_file(place / "weights.safetensors") for place in (other, folder))
     assert all(torch.equal(expected[name], got[name]) for name in expected)
     timeless = [
-        [{k: v for k, v in row.items() if k != "images_per_second"} for row in metrics(f)] for f in (other, folder)
+        [{k: v for k, v in row.items() if k not in ("images_per_second", "waiting")} for row in metrics(f)]
+        for f in (other, folder)
     ]
     assert timeless[0] == timeless[1]
 
@@ -142,6 +143,12 @@ def test_killed_at_random_steps(cache, tmp_path):
     assert_equal_runs(tmp_path / "cut", whole.folder)
 
 
+@pytest.mark.parametrize("where", ["host", "device"])
+def test_training_from_memory_is_the_same_to_the_bit(cache, run, tmp_path, where):
+    train(cache, tmp_path / "run", config(f"data.in_memory={where}"))
+    assert_equal_runs(tmp_path / "run", run.folder)
+
+
 def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(cache, run, tmp_path):
     shutil.copytree(run.folder, tmp_path / "run")
     assert torch.load(tmp_path / "run" / "previous.ckpt", weights_only=True)["step"] == 2
@@ -155,18 +162,18 @@ def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(cache, run, tmp_
 
 
 def test_a_loss_that_is_not_finite_leaves_its_step_out(cache, run, tmp_path, monkeypatch):
-    calls, whole = [], training.losses
+    calls, whole = [], stepping.losses
 
     def sick(*arguments, **options):
         terms = whole(*arguments, **options)
         calls.append(1)
         return terms | {"edge": terms["edge"] * (float("nan") if len(calls) in bad else 1)}
 
-    monkeypatch.setattr(training, "losses", sick)
+    monkeypatch.setattr(stepping, "losses", sick)
     bad, said = {2}, []
     train(cache, tmp_path / "one", config(), report=said.append)
     assert len(said) == 1
-    assert "step 1 left out: edge, total not finite for scene" in said[0]
+    assert "step 1 left out: edge, total, gradient_norm not finite for scene" in said[0]
     saved = torch.load(tmp_path / "one" / "bad_batch_1.pt", weights_only=True)
     assert saved["images"].dtype == torch.uint8
     weights = load_file(tmp_path / "one" / "weights.safetensors")
@@ -300,13 +307,13 @@ def test_validation_scores_an_untrained_student_and_a_trivial_pair(cache):
 
 
 def test_terms_with_weight_zero_are_not_computed_and_the_sum_is_weighted(cache):
-    from samfeat.pipelines.batches import Item, make_batch, read_batch
+    from samfeat.pipelines.batches import Item, Part, item_generators, make_batch, read_batch
+    from samfeat.pipelines.cached import FromDisk
     from samfeat.teacher_cache.store import open_stores
 
     chosen = config("losses.wsc=0", "losses.edge=0.5")
-    raw = read_batch(
-        open_stores(cache), [Item(0, "real", 0), Item(0, "synthetic", 1)], chosen.data, np.random.default_rng(0)
-    )
+    items = [Item(0, "real", 0), Item(0, "synthetic", 1)]
+    raw = read_batch(FromDisk(open_stores(cache)), items, chosen.data, item_generators(0, 0, Part(0, 2, 2)))
     batch = make_batch(raw, chosen.data, torch.Generator().manual_seed(0))
     network = SAMFeatNetwork(chosen.network, generator=torch.Generator().manual_seed(0))
     terms = losses(network(batch.images), batch, chosen.losses, sampling=chosen.network.sampling)

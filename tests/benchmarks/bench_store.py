@@ -29,7 +29,8 @@ import skimage.data
 import torch
 import zarr
 
-from samfeat.pipelines.batches import Item, batch_memory, epoch_batches, read_ahead, read_batch
+from samfeat.pipelines.batches import PREFETCHED, Item, Part, epoch_batches, item_generators, read_ahead, read_batch
+from samfeat.pipelines.cached import FromDisk, batch_memory
 from samfeat.pipelines.config import DataConfig
 from samfeat.teacher_cache.classical import ClassicalTeacher
 from samfeat.teacher_cache.keypoints import LabelConfig, adapt, opencv_detector
@@ -309,10 +310,9 @@ def loader(store: TeacherCache, workers: int, seed: int) -> tuple[float, float]:
     """Images a second through the trainer's own loader, images and all, and the processor's microseconds an image."""
     items = [Item(0, "synthetic", image) for image in range(len(store))]
     chosen = [part for epoch in range(4) for part in epoch_batches(items, BATCH, epoch, seed)]
-    memory = batch_memory(store, BATCH, workers)
-    requests = [
-        partial(read_batch, [store], part, DataConfig(), np.random.default_rng(seed), next(memory)) for part in chosen
-    ]
+    memory = batch_memory(store, BATCH, max(PREFETCHED, workers) + 2)
+    rngs = item_generators(seed, 0, Part(0, BATCH, BATCH))
+    requests = [partial(read_batch, FromDisk([store]), part, DataConfig(), rngs, next(memory)) for part in chosen]
     wall, busy = time.perf_counter(), time.process_time()
     count = sum(len(raw.images) for raw in read_ahead(requests, workers))
     return count / (time.perf_counter() - wall), 1e6 * (time.process_time() - busy) / count
