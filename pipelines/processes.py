@@ -41,6 +41,7 @@ def connect(run: RunConfig) -> Fabric:
     here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
     if accelerator == "cuda" and here > torch.cuda.device_count():
         raise ValueError(f"{here} processes, but {torch.cuda.device_count()} GPUs: start one process a GPU")
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces every process
     fabric = Fabric(
         accelerator=accelerator,
         devices=here,

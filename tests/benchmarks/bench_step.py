@@ -1,0 +1,220 @@
+"""What does a training step cost, part by part, and what does the teacher's guidance add to it?
+
+    python tests/benchmarks/bench_step.py [--items 2] [--repeats 7] [--device cpu] [--compile] [--out bench/step.md]
+
+400 x 400 crops of photographs (the store of bench_store.py) and their warps. The variants take their steps in turn, in
+one process: medians, minima, and ratios of both. "Without guidance" leaves out the relation, edge and WSC losses, and
+nothing else; the network is the same. The parts are measured one by one, on the outputs of one forward pass; a loss's
+figure holds its own forward and backward. "Plain" is the same step in float32 and torch's own memory order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from bench_store import write_store
+from torch import Tensor
+
+from samfeat.pipelines.batches import (
+    PREFETCHED,
+    Item,
+    Part,
+    RawBatch,
+    item_generators,
+    make_batch,
+    read_ahead,
+    read_batch,
+)
+from samfeat.pipelines.cached import FromDisk, batch_memory
+from samfeat.pipelines.config import Config, DataConfig, load_config
+from samfeat.pipelines.objective import losses, total
+from samfeat.pipelines.pace import Clock
+from samfeat.pipelines.processes import connect
+from samfeat.pipelines.step import TrainingStep
+from samfeat.teacher_cache.schema import Targets
+from samfeat.teacher_cache.store import TeacherCache
+
+TERMS = ("detection", "descriptor", "relation", "edge", "wsc")
+GUIDANCE = ("relation", "edge", "wsc")
+
+
+class PlainStep(TrainingStep):
+    """The same step, in float32 and without channels-last order."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config, connect(config.run))
+        self.student.to(memory_format=torch.contiguous_format)
+
+    def _terms(self, raw: RawBatch, number: int, part: Part) -> dict[str, Tensor]:
+        generator = torch.Generator(self.fabric.device).manual_seed(self.config.run.seed * 1_000_003 + number)
+        batch = make_batch(raw, self.config.data, generator, part)
+        output = self.network(batch.images.contiguous())
+        terms = losses(output, batch, self.config.losses, sampling=self.config.network.sampling)
+        terms["total"] = total(terms, self.config.losses)
+        return terms
+
+
+def configured(precision: str, device: str, *, compiled: bool = False, without: tuple[str, ...] = ()) -> Config:
+    words = [f"run.precision={precision}", f"run.accelerator={device}", f"run.compile={str(compiled).lower()}"]
+    return load_config("default", [*words, *(f"losses.{name}=0" for name in without)])
+
+
+def seconds(run: Callable[[], object], device: torch.device) -> float:
+    begun = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begun
+
+
+def make_steps(device: str, *, compiled: bool) -> dict[str, TrainingStep]:
+    """All variants by name."""
+    steps: dict[str, TrainingStep] = {"plain fp32": PlainStep(configured("fp32", device))}
+    for precision in ("fp32", "bf16"):
+        for translated in (False, True)[: 1 + compiled]:
+            for without in ((), GUIDANCE):
+                chosen = configured(precision, device, compiled=translated, without=without)
+                name = precision + " compiled" * translated + ", without guidance" * bool(without)
+                steps[name] = TrainingStep(chosen, connect(chosen.run))
+    return steps
+
+
+def request(source: FromDisk, number: int, part: Part, memory: Targets | None = None) -> Callable[[], RawBatch]:
+    """What reads a batch."""
+    items = [Item(0, "synthetic", k) for k in range(part.total)]
+    return partial(read_batch, source, items, DataConfig(), item_generators(0, number, part), memory)
+
+
+def share_of_waiting(step: TrainingStep, store: TeacherCache, part: Part, count: int) -> float:
+    """The share of time that a step waits for the trainer's own loader."""
+    memory = batch_memory(store, 2 * part.total, PREFETCHED + 2)
+    batches = read_ahead((request(FromDisk([store]), k, part, next(memory)) for k in range(count)), 1)
+    clock = Clock(0)
+    for number in range(count):
+        with clock.waiting():
+            raw = next(batches)
+        step(raw, number, learning_rate=0.0, part=part)[-1].item()
+    return clock.read(count)[1]
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] + ["--:"] * (len(header) - 1), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def parts_of(step: TrainingStep, raw: RawBatch) -> dict[str, float]:
+    """Seconds of every part of a step."""
+    config, device, times = step.config, step.fabric.device, {}
+
+    def timed(name: str, run: Callable[[], object]) -> object:
+        kept: list[object] = []
+        times[name] = seconds(lambda: kept.append(run()), device)
+        return kept[0]
+
+    generator = torch.Generator(device).manual_seed(0)
+    batch = timed("views and targets", lambda: make_batch(raw, config.data, generator))
+    images = batch.images.contiguous(memory_format=torch.channels_last)
+
+    def forward():
+        with step.autocast:
+            return step.network(images)
+
+    output = timed("network, forward", forward)
+    leaves = [value.detach().requires_grad_() for value in output[:-1]]
+    detached = output._replace(**dict(zip(output._fields, leaves)))
+
+    def one_loss(name: str) -> None:
+        alone = replace(config.losses, **{other: 0.0 for other in TERMS if other != name})
+        with step.autocast:
+            terms = losses(detached, batch, alone, sampling=config.network.sampling)
+        terms[name].backward()
+
+    for name in TERMS:
+        timed(f"{name} loss", lambda name=name: one_loss(name))
+    reached = [(value, leaf.grad) for value, leaf in zip(output[:-1], leaves) if leaf.grad is not None]
+    timed("network, backward", lambda: torch.autograd.backward(*map(list, zip(*reached))))
+    step.adam.found_inf = torch.zeros((), device=device)
+    timed("optimiser", step.optimiser.step)
+    step.optimiser.zero_grad(set_to_none=True)
+    return times
+
+
+def main() -> None:
+    """Print the tables and write them."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--items", type=int, default=2, help="of a batch; twice as many images")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--compile", action="store_true", help="compiled variants as well")
+    parser.add_argument("--out", type=Path, default=Path("bench/step.md"))
+    options = parser.parse_args()
+    device, part = torch.device(options.device), Part(0, options.items, options.items)
+    steps = make_steps(options.device, compiled=options.compile)
+    guided = [name for name in steps if "without" not in name and "plain" not in name]
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    parts: dict[str, list[dict[str, float]]] = {name: [] for name in guided}
+    values: dict[str, Tensor] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        store, *_ = write_store(Path(folder) / "photos.zarr", 4 * options.items)
+        raw = request(FromDisk([store]), 0, part)()
+
+        def take(name: str) -> None:
+            values[name] = steps[name](raw, 0, learning_rate=0.0, part=part)
+
+        for repeat in range(options.repeats + 1):
+            measured = {name: seconds(lambda name=name: take(name), device) for name in steps}
+            inner = {name: parts_of(steps[name], raw) for name in guided}
+            for name in steps if repeat else ():
+                times[name].append(measured[name])
+            for name in guided if repeat else ():
+                parts[name].append(inner[name])
+        waiting = share_of_waiting(steps["bf16"], store, part, options.repeats)
+
+    rows = []
+    for name, taken in times.items():
+        middle, least = statistics.median(taken), min(taken)
+        bare = times.get(f"{name}, without guidance")
+        added = [f"{100 * (pick(taken) / pick(bare) - 1):.1f} %" for pick in (statistics.median, min)] if bare else []
+        faster = [pick(times["plain fp32"]) / pick(taken) for pick in (statistics.median, min)]
+        rows.append(
+            [
+                name,
+                f"{1e3 * middle:.0f} ({1e3 * least:.0f})",
+                f"{2 * options.items / middle:.2f}",
+                f"{faster[0]:.2f} ({faster[1]:.2f})",
+                " (".join(added) + (")" if added else ""),
+            ]
+        )
+    text = table(["step", "ms", "images/s", "times as fast as plain fp32", "guidance adds"], rows)
+    rows = []
+    for what in parts[guided[0]][0]:
+        shares = []
+        for name in guided:
+            middle = statistics.median(one[what] for one in parts[name])
+            shares.append(f"{1e3 * middle:.1f} ({100 * middle / statistics.median(times[name]):.1f} %)")
+        rows.append([what, *shares])
+    text += "\n" + table(["part", *(f"{name}: ms (share of its step)" for name in guided)], rows) + "\n"
+    reference = values["plain fp32"][: len(TERMS)]
+    for name in guided:
+        worst = ((values[name][: len(TERMS)] - reference).abs() / reference.abs()).max().item()
+        text += f"{name}: losses differ from those of plain fp32 by {worst:.1e} at most (relative)\n"
+    text += (
+        f"Waiting for data: {100 * waiting:.2f} % of the time (bf16, one reading thread).\n"
+        f"Medians, minima in brackets. {options.items} pairs of 400 x 400 pixels, {options.device}, "
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}.\n"
+    )
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
