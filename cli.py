@@ -36,8 +36,8 @@ class OneLineErrors(TyperGroup):
         except ConnectionError as error:
             errors.print(f"interrupted: {_one_line(error)}", markup=False, style="red")
             raise typer.Exit(INTERRUPTED) from None
-        except (ValueError, OSError, ImportError) as error:  # fsspec names the package that a URL needs
-            if os.environ.get("SAMFEAT_TRACEBACK"):
+        except Exception as error:
+            if os.environ.get("SAMFEAT_TRACEBACK") or not _is_of_the_user(error):
                 raise
             errors.print(f"error: {_one_line(error)}", markup=False, style="red")
             raise typer.Exit(USER_ERROR) from None
@@ -248,7 +248,15 @@ def train(
     )
 
 
+def _is_of_the_user(error: Exception) -> bool:
+    """Whether an error comes from what was asked for, not from a mistake of the program."""
+    known = isinstance(error, (ValueError, OSError, ImportError))  # fsspec names the package that a URL needs
+    return known or type(error).__module__.startswith("botocore.") or type(error).__name__ == "OutOfMemoryError"
+
+
 def _one_line(error: Exception) -> str:
+    if type(error).__name__ == "OutOfMemoryError":
+        return "the GPU has not enough free memory: choose a smaller teacher, or smaller images, or --device cpu"
     if isinstance(error, OSError) and error.errno is not None:
         import errno
 

@@ -336,6 +336,36 @@ def test_an_interruption_says_that_nothing_is_lost(run, tmp_path, monkeypatch):
     assert "the same command goes on" in err
 
 
+def no_credentials():
+    from botocore.exceptions import NoCredentialsError
+
+    raise NoCredentialsError
+
+
+def no_gpu_memory():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def gone():
+    raise ConnectionError("process 1: another process of the run is gone")
+
+
+@pytest.mark.parametrize(
+    ("fail", "code", "said"),
+    [
+        (no_credentials, 2, "error: Unable to locate credentials"),
+        (no_gpu_memory, 2, "error: the GPU has not enough free memory"),
+        (gone, 75, "interrupted: process 1"),
+    ],
+)
+def test_errors_of_services_and_devices_are_one_line(run, tmp_path, monkeypatch, fail, code, said):
+    monkeypatch.setattr("samfeat.pipelines.config.load_config", lambda *arguments: fail())
+    ended, _, error = run("train", "--cache", tmp_path)
+    assert ended == code
+    assert error.startswith(said)
+    assert error.count("\n") == 1
+
+
 def test_the_traceback_is_there_when_asked_for(tmp_path):
     program = (
         "import sys; sys.argv = ['samfeat-cli', 'train', '--cache', 'nowhere']; from samfeat import cli; cli.main()"
