@@ -246,6 +246,7 @@ def train(
         f"[bold]{summary.folder}[/]: {summary.steps} steps. Held-out views: MMA@3 {first['mma@3']:.3f} untrained, "
         f"[bold]{last['mma@3']:.3f}[/] trained ({last['matches']:.0f} matches a pair)"
     )
+    console.print(f"how it went: {summary.folder / 'report.html'}")
 
 
 def _is_of_the_user(error: Exception) -> bool:

@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from samfeat.pipelines.homography import HomographyConfig
 from samfeat.student.network import PRESETS, NetworkConfig
+from samfeat.teacher_cache.schema import flatten
 
 CONFIGS = ("default", "paper", "released", "sample")
 
@@ -210,6 +211,16 @@ def load_config(preset: str = "default", overrides: Sequence[str] = ()) -> Confi
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"configuration key {getattr(error, 'full_key', None) or '?'}: {reason}") from error
+
+
+def changes(config: Config) -> dict[str, tuple[Any, Any]]:
+    """What differs from the configuration's preset: (value of the preset, value in force) by dotted key.
+
+    Raises:
+        ValueError: the preset is a file that is no longer there.
+    """
+    preset, mine = flatten(load_config(config.preset).to_dict()), flatten(config.to_dict())
+    return {key: (preset[key], value) for key, value in mine.items() if value != preset[key]}
 
 
 def learning_rate(config: OptimiserConfig, step: int, steps: int, steps_per_epoch: int) -> float:

@@ -15,6 +15,8 @@ from samfeat.pipelines.files import write_bytes
 
 GREEN, RED, YELLOW = (60, 200, 90), (225, 65, 60), (255, 210, 60)
 INK, PAPER = (30, 30, 30), (255, 255, 255)
+WORST = 5.0  # pixels, the error from which on a match is plain red
+LEAST = 320  # pixels, the least side of an image before anything is drawn over it
 _SHIFT = 4  # OpenCV draws in fixed point: coordinates in 1 / 2**_SHIFT pixels
 
 
@@ -71,7 +73,7 @@ def inlier_colors(inliers: np.ndarray) -> np.ndarray:
     return np.where(np.asarray(inliers, bool)[:, None], np.array(GREEN, np.uint8), np.array(RED, np.uint8))
 
 
-def error_colors(errors: np.ndarray, *, worst: float = 5.0) -> np.ndarray:
+def error_colors(errors: np.ndarray, *, worst: float = WORST) -> np.ndarray:
     """uint8 [M, 3]: green at error 0 over yellow to red at ``worst`` pixels and beyond."""
     share = np.clip(np.nan_to_num(np.asarray(errors, float), nan=np.inf) / worst, 0, 1)
     stops = np.array([GREEN, YELLOW, RED], float)
@@ -130,6 +132,23 @@ def color_map(
     picture = colormaps[cmap](np.nan_to_num(share), bytes=True)[..., :3]
     picture[np.isnan(values)] = 0
     return picture
+
+
+def enlargement(image: np.ndarray) -> int:
+    """Whole factor that makes room for circles and lines on small images [H, W, 3]."""
+    return -(-LEAST // min(image.shape[:2]))
+
+
+def enlarged(image: np.ndarray, factor: int) -> np.ndarray:
+    """An image ``factor`` times as large; its point (x, y) is then at (p + 0.5) * factor - 0.5."""
+    return cv2.resize(image, None, fx=factor, fy=factor, interpolation=cv2.INTER_CUBIC)
+
+
+def thumbnail(picture: np.ndarray, side: int = 320) -> np.ndarray:
+    """A picture whose longer side has at most ``side`` pixels."""
+    scale = side / max(picture.shape[:2])
+    size = (max(1, round(picture.shape[1] * scale)), max(1, round(picture.shape[0] * scale)))
+    return cv2.resize(picture, size, interpolation=cv2.INTER_AREA) if scale < 1 else picture
 
 
 def panel(rows: Sequence[Sequence[tuple[str, np.ndarray]]], *, height: int = 240) -> np.ndarray:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import html as markup
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +10,20 @@ import cv2
 import numpy as np
 from rich.table import Table
 
-from samfeat.pipelines.draw import color_groups, color_map, draw_keypoints, draw_matches, panel, pca_rgb, save_png
+from samfeat.pipelines.draw import (
+    color_groups,
+    color_map,
+    draw_keypoints,
+    draw_matches,
+    enlarged,
+    enlargement,
+    panel,
+    pca_rgb,
+    save_png,
+    thumbnail,
+)
 from samfeat.pipelines.files import write_bytes
+from samfeat.pipelines.page import figure, page, row, text
 from samfeat.teacher_cache.rows import dequantize, quantize
 from samfeat.teacher_cache.schema import Gifts, Record
 from samfeat.teacher_cache.store import TeacherCache, open_stores
@@ -24,8 +34,6 @@ __all__ = ["open_stores", "picture_of_image", "picture_of_pair", "summary", "ver
 
 SHOWN_MATCHES = 80
 RELATIVE_TOLERANCE = 2e-3  # of the largest value, beyond the rounding to eight bits
-THUMBNAIL = 320  # pixels, the side of a gallery picture
-DRAWN = 320  # pixels, the least side of an image before anything is drawn over it
 
 
 def summary(store: TeacherCache) -> Table:
@@ -113,21 +121,18 @@ def write_gallery(
         rows = []
         for image in some:
             record = store.record(image)
-            cells = "".join(_figure(title, _thumbnail(picture)) for title, picture in tiles(record))
-            pair = ""
+            rows.append(f"<h3>{text(record.name)}</h3>")
+            rows.append(row(*(figure(title, thumbnail(picture)) for title, picture in tiles(record))))
             if store.spec.paired and image % 2 == 0 and image + 1 not in store.failures:
                 valid = int(store.pair(image // 2).valid.sum())
                 drawn = _correspondences(store, image // 2)
-                pair = (
-                    f'<div class="row">{_figure(f"pair {image // 2}: {valid} correspondences", drawn, wide=True)}</div>'
-                )
-            rows.append(f'<h3>{markup.escape(record.name)}</h3><div class="row">{cells}</div>{pair}')
+                rows.append(row(figure(f"pair {image // 2}: {valid} correspondences", drawn, wide=True)))
             done += 1
             if progress:
                 progress(done, total)
         facts = f"{store.spec.images} images. Teacher: {_account(store.provenance.teacher)}"
-        sections.append(f"<h2>{markup.escape(store.path.name)}</h2><p>{markup.escape(facts)}</p>" + "".join(rows))
-    write_bytes(out, PAGE.replace("{body}", "".join(sections)).encode())
+        sections.append(f"<h2>{text(store.path.name)}</h2><p>{text(facts)}</p>{''.join(rows)}")
+    write_bytes(out, page("Teacher cache", "".join(sections)))
     return f"gallery of {total} images -> {out}"
 
 
@@ -198,11 +203,11 @@ def _compare(stored: Gifts, again: Gifts) -> tuple[str, bool]:
 
 
 def tiles(record: Record) -> list[tuple[str, np.ndarray]]:
-    """Titled pictures of an image and of its targets, uint8 [.., .., 3], at least ``DRAWN`` pixels high and wide."""
+    """Titled pictures of an image and of its targets, uint8 [.., .., 3], at least ``LEAST`` pixels high and wide."""
     gifts, (height, width) = record.gifts, record.image.shape[:2]
-    factor = _enlargement(record.image)
+    factor = enlargement(record.image)
     size = (width * factor, height * factor)
-    image = _enlarged(record.image, factor)
+    image = enlarged(record.image, factor)
     embedding = cv2.resize(pca_rgb(gifts.embedding.astype(np.float32)), size, interpolation=cv2.INTER_NEAREST)
     groups = cv2.resize(gifts.groups.astype(np.float64), size, interpolation=cv2.INTER_NEAREST).astype(np.int64)
     labels = (record.keypoints[:, :2] + 0.5) * factor - 0.5
@@ -210,18 +215,9 @@ def tiles(record: Record) -> list[tuple[str, np.ndarray]]:
         ("image", image),
         ("embedding (PCA)", embedding),
         (f"groups ({len(gifts.masks.stack)} masks)", color_groups(groups, image)),
-        ("edges", _enlarged(color_map(gifts.edges, "gray", low=0, high=255), factor)),
+        ("edges", enlarged(color_map(gifts.edges, "gray", low=0, high=255), factor)),
         (f"{len(record.keypoints)} labels", draw_keypoints(image, labels, record.keypoints[:, 2])),
     ]
-
-
-def _enlargement(image: np.ndarray) -> int:
-    """Whole factor that makes room for circles and lines on small images."""
-    return -(-DRAWN // min(image.shape[:2]))
-
-
-def _enlarged(image: np.ndarray, factor: int) -> np.ndarray:
-    return cv2.resize(image, None, fx=factor, fy=factor, interpolation=cv2.INTER_CUBIC)
 
 
 def _correspondences(store: TeacherCache, pair: int) -> np.ndarray:
@@ -230,9 +226,9 @@ def _correspondences(store: TeacherCache, pair: int) -> np.ndarray:
     some = _evenly(list(range(points.shape[1])), SHOWN_MATCHES)
     colors = color_map(np.arange(max(1, len(some)))[None], "hsv")[0][: len(some)]
     image0, image1 = (store[image].image for image in found.images)
-    factor = _enlargement(image0)
+    factor = enlargement(image0)
     drawn = (points[:, some] + 0.5) * factor - 0.5
-    return draw_matches(_enlarged(image0, factor), _enlarged(image1, factor), *drawn, colors=colors)
+    return draw_matches(enlarged(image0, factor), enlarged(image1, factor), *drawn, colors=colors)
 
 
 def _find(stores: Sequence[TeacherCache], name: str) -> tuple[TeacherCache, int]:
@@ -275,33 +271,3 @@ def _sizes(store: TeacherCache) -> str:
         rows.append(f"{array.name} {stored[array.name] / 1e6:.1f} MB ({stored[array.name] / raw:.1%} of raw)")
     each = sum(stored.values()) / max(1, len(_finished(store)))
     return f"{sum(stored.values()) / 1e6:.1f} MB, {each / 1e6:.2f} MB an image\n" + "\n".join(rows)
-
-
-def _thumbnail(picture: np.ndarray) -> np.ndarray:
-    scale = THUMBNAIL / max(picture.shape[:2])
-    size = (max(1, round(picture.shape[1] * scale)), max(1, round(picture.shape[0] * scale)))
-    return cv2.resize(picture, size, interpolation=cv2.INTER_AREA) if scale < 1 else picture
-
-
-def _figure(title: str, picture: np.ndarray, *, wide: bool = False) -> str:
-    _, data = cv2.imencode(".jpg", picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 88])
-    source = base64.b64encode(data.tobytes()).decode()
-    kind = ' class="wide"' if wide else ""
-    image = f'<img alt="" src="data:image/jpeg;base64,{source}">'
-    return f"<figure{kind}>{image}<figcaption>{markup.escape(title)}</figcaption></figure>"
-
-
-PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>Teacher cache</title>
-<style>
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 88rem; padding: 0 1rem; color: #1b1b1b; }
-h2 { margin-top: 2.5rem; } h3 { font: 600 13px ui-monospace, monospace; margin: 1.6rem 0 .3rem; }
-p { color: #555; font-size: 13px; } .row { display: flex; flex-wrap: wrap; gap: 10px; }
-figure { margin: 0; } figure img { display: block; width: 250px; border-radius: 3px; }
-figure.wide img { width: 640px; } figcaption { font-size: 12px; color: #555; margin-top: 3px; }
-</style>
-<h1>Teacher cache</h1>
-{body}
-</html>
-"""

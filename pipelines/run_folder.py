@@ -1,7 +1,8 @@
 """The folder of a training run: which run it belongs to, its state, its weights, its record.
 
 It holds ``config.yaml``, ``last.ckpt`` and ``previous.ckpt`` (everything needed to go on), ``weights.safetensors`` (the
-latest student), ``best.safetensors`` (the best by validation), ``metrics.jsonl``, TensorBoard events, ``curves.png``.
+latest student), ``best.safetensors`` (the best by validation), ``metrics.jsonl``, and, to look at, ``report.html``,
+``curves.png`` and TensorBoard events.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from samfeat.pipelines.batches import RawBatch
 from samfeat.pipelines.checkpoint import load_state, save_state
 from samfeat.pipelines.config import Config
 from samfeat.pipelines.files import write_bytes
-from samfeat.pipelines.report import forget_after
+from samfeat.pipelines.report import RunReport, forget_after
+from samfeat.pipelines.validation import View
 from samfeat.student.export import save_weights
 from samfeat.student.extractor import EXTRACTION_PRESETS
 from samfeat.student.network import SAMFeatNetwork
@@ -51,6 +53,7 @@ class RunFolder:
             ],
             "overfit": overfit,
         }
+        self._report = RunReport(path, stores, config, versions=package_versions(*RECORDED))
         self._writer: SummaryWriter | None = None
 
     def load(self, *, resume: bool, device: torch.device) -> dict[str, Any] | None:
@@ -86,6 +89,11 @@ class RunFolder:
             file.write(json.dumps({"step": step} | values) + "\n")
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
+
+    def show(self, step: int, steps: int, views: Sequence[View]) -> None:
+        """Draw the report anew, at ``step`` of ``steps``, with the pairs of the latest validation."""
+        if self._writer is not None:
+            self._report.write(step, steps, views, self._writer)
 
     def save(self, counters: dict[str, Any], student: SAMFeatNetwork, optimiser: torch.optim.Optimizer) -> None:
         """Write a checkpoint, and the weights beside it."""

@@ -34,7 +34,6 @@ from samfeat.pipelines.files import allow_many_files
 from samfeat.pipelines.interruption import Interruption
 from samfeat.pipelines.pace import Clock, LateValues
 from samfeat.pipelines.processes import connect, lost_processes
-from samfeat.pipelines.report import draw_curves
 from samfeat.pipelines.run_folder import RunFolder
 from samfeat.pipelines.step import TrainingStep, out_of_memory
 from samfeat.pipelines.validation import Validation, hold_out
@@ -300,9 +299,9 @@ class _Run:
         if self.fabric.is_global_zero:
             self.one_step.student.eval()
             with self.one_step.autocast:
-                figures = self.validation.run(self.one_step.student, self.config)
+                figures, views = self.validation.run(self.one_step.student, self.config)
             self.folder.record(self.step, {f"validation/{name}": value for name, value in figures.items()})
-            draw_curves(self.folder.path)
+            self.folder.show(self.step, self.steps, views)
             if figures["mma@3"] > self.best and self.step:
                 self.best = figures["mma@3"]
                 self.folder.save_weights("best.safetensors", self.one_step.student, step=self.step, figures=figures)

@@ -355,7 +355,7 @@ class Provenance:
 
     def differences(self, other: Provenance) -> list[str]:
         """One readable line for every value of the identity that differs from ``other``, the one asked for."""
-        mine, theirs = _flatten(self.to_json()), _flatten(other.to_json())
+        mine, theirs = flatten(self.to_json()), flatten(other.to_json())
         keys = [key for key in sorted(mine | theirs) if not key.startswith("versions.")]
         return [
             f"{key}: {mine.get(key, 'absent')!r} there, {theirs.get(key, 'absent')!r} asked for"
@@ -364,10 +364,11 @@ class Provenance:
         ]
 
 
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested plain values by dotted key, in their order."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
     return flat
 
 

@@ -74,6 +74,7 @@ def test_a_run_leaves_everything_behind(run):
         "metrics.jsonl",
         "tensorboard",
         "curves.png",
+        "report.html",
     }
     logged = [line for line in metrics(run.folder) if "loss/total" in line]
     assert [line["step"] for line in logged] == [1, 2, 3, 4]
