@@ -43,12 +43,12 @@ if TYPE_CHECKING:
 
 DRAWN = 150  # matches of a picture; more lines than that hide the images
 MAP_SIDE, PAIR_SIDE = 400, 1000  # pixels, the most that a picture of the page has
+SCALE = f'<span class="scale" style="background:linear-gradient(90deg,rgb{GREEN},rgb{YELLOW},rgb{RED})"></span>'
 LEGEND = (
     "<p>On the left an image that training does not see, on the right the same one through a homography, with light "
     "and noise changes. Matches are mutual nearest neighbours, coloured by their distance from where the homography "
-    f'has them: 0 px <span class="scale" style="background:linear-gradient(90deg,rgb{GREEN},rgb{YELLOW},rgb{RED})"></span> '
-    f"{WORST:.0f} px and more. The heat-map is the probability of a keypoint; edges are probabilities beside the "
-    "teacher's strengths; all three on a scale from 0 to 1.</p>"
+    f"has them: 0 px {SCALE} {WORST:.0f} px and more. The heat-map is the probability of a keypoint; edges are "
+    "probabilities beside the teacher's strengths; all three on a scale from 0 to 1.</p>"
 )
 
 Row = dict[str, float]
@@ -222,7 +222,7 @@ def _state(rows: Sequence[Row], step: int, steps: int) -> str:
         best, at = max((value, -at) for at, value in accuracy)
         state += f" MMA@3 {now:.3f} now, {before:.3f} at step {first:.0f}, best {best:.3f} at step {-at:.0f}."
     left_out = series(rows, "left_out")
-    return state + (f" {left_out[-1][1]:.0f} steps left out: their loss was not finite." if left_out else "")
+    return state + (f" Steps left out, as their loss was not finite: {left_out[-1][1]:.0f}." if left_out else "")
 
 
 def _configuration(config: Config) -> str:

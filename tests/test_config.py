@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from samfeat.pipelines.config import CONFIGS, load_config
+from samfeat.pipelines.config import CONFIGS, changes, load_config
 from samfeat.student.network import PRESETS
 
 
@@ -67,3 +67,19 @@ def test_mistakes_are_named_in_one_line(preset, overrides, message):
     with pytest.raises(ValueError, match=message.replace(".", r"\.")) as error:
         load_config(preset, overrides)
     assert "\n" not in str(error.value)
+
+
+def test_changes_are_what_differs_from_the_preset(tmp_path):
+    assert changes(load_config("paper")) == changes(load_config()) == {}
+    changed = changes(load_config("sample", ["losses.edge=3", "optimiser.steps=350", "network_preset=paper"]))
+    assert changed.pop("losses.edge") == (10.0, 3.0)
+    assert changed.pop("network_preset") == ("default", "paper")
+    assert {key.partition(".")[0] for key in changed} == {"network"}
+    assert changed["network.edge_attention"] == ("row", "pixel")
+    own = tmp_path / "own.yaml"
+    own.write_text("optimiser: {steps: 5}")
+    config = load_config(str(own), ["optimiser.steps=6"])
+    assert changes(config) == {"optimiser.steps": (5, 6)}
+    own.unlink()
+    with pytest.raises(ValueError, match="unknown preset"):
+        changes(config)

@@ -22,9 +22,8 @@ import samfeat.pipelines.step as stepping
 from samfeat.pipelines.config import learning_rate, load_config
 from samfeat.pipelines.objective import losses, total
 from samfeat.pipelines.train import train
-from samfeat.pipelines.validation import Validation, hold_out
 from samfeat.student.extractor import SAMFeat
-from samfeat.student.network import PRESETS, SAMFeatNetwork
+from samfeat.student.network import SAMFeatNetwork
 
 KILLS = int(os.environ.get("SAMFEAT_KILLS", 6))
 SETTINGS = [
@@ -279,32 +278,6 @@ def test_learning_rate_schedules():
     assert by_epoch[0] == by_epoch[1] == 1e-3
     assert np.isclose(by_epoch[2], 1e-3 * (1 - 1 / 31))
     assert np.isclose(by_epoch[29], 9.68e-5, rtol=1e-3)  # the figure of the released schedule
-
-
-def test_whole_scenes_are_held_out(cache):
-    from samfeat.teacher_cache.store import open_stores
-
-    stores = open_stores(cache)
-    run = dataclasses.replace(load_config("default").run, validation_images=2)
-    held = hold_out(stores, run)
-    assert held == set()  # a scene would be a third of the images: more than a quarter is never taken
-    photos = toy_store(cache.parent / f"{cache.name}-photos" / "b.zarr", 12, paired=False)
-    held = hold_out([photos], run)
-    assert len(held) == 2
-    assert held == hold_out([photos], run)
-
-
-def test_validation_scores_an_untrained_student_and_a_trivial_pair(cache):
-    from samfeat.teacher_cache.store import open_stores
-
-    chosen = config()
-    validation = Validation(open_stores(cache), [(0, 0), (0, 5)], chosen.run, chosen.data.homography)
-    network = SAMFeatNetwork(PRESETS["default"], generator=torch.Generator().manual_seed(0))
-    figures = validation.run(network, chosen)
-    assert 0 < figures["keypoints"] <= chosen.run.max_keypoints
-    assert 0 <= figures["mma@1"] <= figures["mma@3"] <= figures["mma@5"] < 0.5  # untrained: hardly better than chance
-    validation.right, validation.homographies = validation.left, torch.eye(3).repeat(2, 1, 1)
-    assert validation.run(network, chosen)["mma@1"] == 1.0  # every point of an image matches itself
 
 
 def test_terms_with_weight_zero_are_not_computed_and_the_sum_is_weighted(cache):
