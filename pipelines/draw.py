@@ -167,6 +167,12 @@ def panel(rows: Sequence[Sequence[tuple[str, np.ndarray]]], *, height: int = 240
     return np.concatenate(padded, axis=0)
 
 
+def jpeg(image: np.ndarray) -> bytes:
+    """uint8 [H, W, 3] in RGB as a JPEG file of good quality."""
+    _, data = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 88])
+    return data.tobytes()
+
+
 def save_png(path: str | Path, image: np.ndarray) -> Path:
     """Writes uint8 [H, W, 3] in RGB as PNG, whole or not at all; returns the path."""
     _, data = cv2.imencode(".png", image[..., ::-1])

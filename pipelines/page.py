@@ -6,10 +6,9 @@ import base64
 import html as markup
 from collections.abc import Sequence
 
-import cv2
 import numpy as np
 
-QUALITY = 88  # of JPEG
+from samfeat.pipelines.draw import jpeg
 
 
 def page(title: str, body: str) -> bytes:
@@ -37,8 +36,7 @@ def row(*figures: str) -> str:
 
 def figure(title: str, picture: np.ndarray, *, wide: bool = False) -> str:
     """A picture, uint8 [H, W, 3] in RGB, with a line below it; embedded as JPEG."""
-    _, data = cv2.imencode(".jpg", picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, QUALITY])
-    source = base64.b64encode(data.tobytes()).decode()
+    source = base64.b64encode(jpeg(picture)).decode()
     kind = ' class="wide"' if wide else ""
     image = f'<img alt="" src="data:image/jpeg;base64,{source}">'
     return f"<figure{kind}>{image}<figcaption>{text(title)}</figcaption></figure>"

@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import cv2
 import numpy as np
@@ -28,6 +28,7 @@ from samfeat.pipelines.draw import (
     enlarged,
     enlargement,
     error_colors,
+    jpeg,
     panel,
     thumbnail,
 )
@@ -45,10 +46,11 @@ DRAWN = 150  # matches of a picture; more lines than that hide the images
 MAP_SIDE, PAIR_SIDE = 400, 1000  # pixels, the most that a picture of the page has
 SCALE = f'<span class="scale" style="background:linear-gradient(90deg,rgb{GREEN},rgb{YELLOW},rgb{RED})"></span>'
 LEGEND = (
-    "<p>On the left an image that training does not see, on the right the same one through a homography, with light "
-    "and noise changes. Matches are mutual nearest neighbours, coloured by their distance from where the homography "
-    f"has them: 0 px {SCALE} {WORST:.0f} px and more. The heat-map is the probability of a keypoint; edges are "
-    "probabilities beside the teacher's strengths; all three on a scale from 0 to 1.</p>"
+    "<p>On the left an image held out of training (a training image where there are too few), on the right the same "
+    "one through a homography, with light and noise changes. Matches are mutual nearest neighbours, coloured by their "
+    f"distance from where the homography has them: 0 px {SCALE} {WORST:.0f} px and more. The heat-map, a probability, "
+    "and the teacher's edges are drawn on a scale from 0 to 1, attention and the student's edges from their least to "
+    "their largest value.</p>"
 )
 
 Row = dict[str, float]
@@ -93,7 +95,7 @@ class RunReport:
         for number, view in enumerate(views):
             matches, *maps = tiles(view)
             if writer:
-                writer.add_image(f"validation/pair {number}", panel([[matches], maps]), step, dataformats="HWC")
+                _show(writer, f"validation/pair {number}", panel([[matches], maps]), step)
             small = [figure(title, thumbnail(picture, MAP_SIDE)) for title, picture in maps]
             large = figure(matches[0], thumbnail(matches[1], PAIR_SIDE), wide=True)
             pairs.append(f"<h3>{text(view.name)}</h3>{row(large)}{row(*small)}")
@@ -106,33 +108,31 @@ class RunReport:
 
 
 def tiles(view: View) -> list[tuple[str, np.ndarray]]:
-    """Titled pictures of a validation pair, uint8 [.., .., 3]: matches, heat-map, attention, both edge maps.
+    """Titled pictures of a validation pair, uint8 [.., .., 3]: matches, image, heat-map, attention, both edge maps.
 
     Of many matches ``DRAWN`` are drawn, chosen once and for all, the best ones on top.
     """
     factor = enlargement(view.left)
-    height, width = (side * factor for side in view.left.shape[:2])
     chosen = np.random.default_rng(0).permutation(len(view.errors))[:DRAWN]
     chosen = chosen[np.argsort(-view.errors[chosen], kind="stable")]
     places = (view.points[:, chosen] + 0.5) * factor - 0.5
     left, right = (enlarged(image, factor) for image in (view.left, view.right))
+    size = (left.shape[1], left.shape[0])
     matches = draw_matches(left, right, *places, colors=error_colors(view.errors[chosen]))
     good = "".join(f", {(view.errors <= t).mean():.0%} within {t} px" for t in THRESHOLDS) if len(chosen) else ""
+    cached = view.cached_edges / 255
     maps = {
-        "heat-map": color_map(view.heatmap, low=0, high=1),
-        "attention": color_map(view.attention, "viridis"),
-        "edges, student": color_map(view.edges, "gray", low=0, high=1),
-        f"edges, teacher {view.teacher}": color_map(view.cached_edges, "gray", low=0, high=255),
+        "heat-map": (view.heatmap, color_map(view.heatmap, low=0, high=1)),
+        "attention": (view.attention, color_map(view.attention, "viridis")),
+        "edges, student": (view.edges, color_map(view.edges, "gray")),
+        f"edges, teacher {view.teacher}": (cached, color_map(cached, "gray", low=0, high=1)),
     }
-    values = (view.heatmap, view.attention, view.edges, view.cached_edges / 255)
     return [
         (f"{len(view.errors)} matches{good}; {len(chosen)} drawn", matches),
+        ("image", left),
         *(
-            (
-                f"{title}: {v.min():.2f} to {v.max():.2f}",
-                cv2.resize(picture, (width, height), interpolation=cv2.INTER_NEAREST),
-            )
-            for (title, picture), v in zip(maps.items(), values)
+            (f"{title}: {v.min():.2f} to {v.max():.2f}", cv2.resize(picture, size, interpolation=cv2.INTER_NEAREST))
+            for title, (v, picture) in maps.items()
         ),
     ]
 
@@ -189,6 +189,14 @@ def series(rows: Sequence[Row], name: str) -> list[tuple[float, float]]:
     return [(entry["step"], entry[name]) for entry in rows if math.isfinite(entry.get(name, math.nan))]
 
 
+def _show(writer: SummaryWriter, tag: str, picture: np.ndarray, step: int) -> None:
+    """As ``SummaryWriter.add_image``, which would take most of a report's time, and megabytes, for its PNG."""
+    from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
+
+    image = Summary.Image(height=len(picture), width=picture.shape[1], colorspace=3, encoded_image_string=jpeg(picture))
+    cast(Any, writer.file_writer).add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
+
+
 def _terms(rows: Sequence[Row]) -> list[str]:
     return sorted({name.removeprefix("loss/") for entry in rows for name in entry if name.startswith("loss/")})
 
@@ -204,7 +212,7 @@ def _charts(rows: Sequence[Row]) -> list[str]:
     terms = {name: series(rows, f"loss/{name}") for name in _terms(rows)}
     return [
         line_chart("loss terms", terms, logarithmic=True, running_mean=True),
-        line_chart("matching accuracy (MMA) on held-out views", accuracy, shares=True),
+        line_chart("matching accuracy (MMA) on validation pairs", accuracy, shares=True),
         line_chart("keypoints an image, matches a pair", counts),
         line_chart("learning rate", {"learning rate": series(rows, "learning_rate")}),
         line_chart("gradient", {"norm": series(rows, "gradient_norm")}, logarithmic=True, running_mean=True),
@@ -239,12 +247,11 @@ def _configuration(config: Config) -> str:
 def _stores(stores: Sequence[TeacherCache]) -> str:
     parts = ["<h2>Teacher and data</h2>"]
     for store in stores:
-        spec, identity = store.spec, store.provenance.to_json()
-        height, width = spec.image_size
+        spec, (height, width) = store.spec, store.spec.image_size
         pairs = f", {spec.pairs} pairs" if spec.paired else ""
         parts.append(f"<h3>{text(store.path.name)}</h3><p>{spec.images} images of {height} x {width}{pairs}</p>")
-        identity.pop("versions")
-        parts.append(table(("", ""), [(key, _plain(value)) for key, value in flatten(identity).items()]))
+        identity = flatten(store.provenance.identity)
+        parts.append(table(("", ""), [(key, _plain(value)) for key, value in identity.items()]))
     return "".join(parts)
 
 

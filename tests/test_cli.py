@@ -111,6 +111,7 @@ def test_photographs_to_matches(run, tmp_path):
     code, out, err = run("train", "--cache", "cache", "--out", "run", *settings)
     assert code == 0, err
     assert "MMA@3" in out
+    assert "run/report.html" in out
     weights = tmp_path / "run" / "weights.safetensors"
     code, out, err = run("match", "photos/0.png", "photos/1.png", "--weights", weights, "--out", "matches.png")
     assert (code, Image.open(tmp_path / "matches.png").width >= 200) == (0, True), err

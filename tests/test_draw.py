@@ -9,12 +9,15 @@ from samfeat.pipelines.draw import (
     color_map,
     draw_keypoints,
     draw_matches,
+    enlarged,
+    enlargement,
     error_colors,
     inlier_colors,
     mma_figure,
     panel,
     pca_rgb,
     save_png,
+    thumbnail,
 )
 
 
@@ -99,6 +102,19 @@ def test_color_map_is_matplotlibs():
     assert picture.tolist() == [[[0, 0, 0], [255, 255, 255], [0, 0, 0]]]
     assert color_map(np.array([[5.0]]), "gray", low=0, high=20)[0, 0].tolist() == [64, 64, 64]
     assert color_map(np.full((2, 2), 3.0), "gray").max() == 0
+
+
+def test_small_images_are_enlarged_about_pixel_centres_and_large_ones_shrunk():
+    image = gray(40, 64)
+    image[10, 30] = 255
+    factor = enlargement(image)
+    assert factor == 8
+    large = enlarged(image, factor).astype(float)[..., 0]
+    y, x = (np.average(at, weights=large) for at in np.mgrid[:320, :512])
+    assert (x, y) == (pytest.approx(30.5 * 8 - 0.5, abs=0.1), pytest.approx(10.5 * 8 - 0.5, abs=0.1))
+    assert enlargement(gray(500, 400)) == 1
+    assert thumbnail(gray(500, 400), 100).shape == (100, 80, 3)
+    assert thumbnail(gray(50, 40), 100).shape == (50, 40, 3)
 
 
 def test_panel_holds_all_pictures_at_one_height():
