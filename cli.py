@@ -41,6 +41,8 @@ class OneLineErrors(TyperGroup):
                 raise
             errors.print(f"error: {_one_line(error)}", markup=False, style="red")
             raise typer.Exit(USER_ERROR) from None
+        finally:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing is left to save
 
 
 app = typer.Typer(

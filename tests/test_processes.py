@@ -16,7 +16,13 @@ from test_train import SETTINGS
 from toys import toy_store
 
 pytestmark = pytest.mark.slow
-STEPS = ["optimiser.batch_size=5", "optimiser.steps=20", "run.validate_every=100", "run.checkpoint_every=100"]
+STEPS = [
+    "optimiser.batch_size=5",  # shared as 2 and 3
+    "optimiser.steps=20",
+    "optimiser.learning_rate=1e-5",  # at a hundred times that, single processes with other thread numbers part as well
+    "run.validate_every=100",
+    "run.checkpoint_every=100",
+]
 
 
 @pytest.fixture(scope="module")
