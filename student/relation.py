@@ -3,11 +3,13 @@
 The relation matrices of an image have (h w)^2 entries, 6.25 million at 400 x 400 pixels, and are never stored whole.
 With unit features s and t, the difference is D = R' - R = [s, t] [s, -t]^T, the loss sum(e^W |D|) / Z and its gradient
 by s simply 2 / Z (e^W sign(D)) s. So one pass over row tiles gives both, and as D and W are symmetric, it takes only
-the tiles on and right of the diagonal.
+the tiles on and right of the diagonal. On CUDA the pass is :mod:`samfeat.student.relation_triton`.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,8 +25,9 @@ _TILE = 256  # rows of a tile
 
 def relation_loss(
     student: Float[Tensor, "b c h w"],
-    teacher: Float[Tensor, "b c2 h2 w2"],
+    teacher: Tensor,
     *,
+    scale: Float[Tensor, "b h2 w2"] | None = None,
     attention: Float[Tensor, "b 1 h3 w3"] | None = None,
     valid: Bool[Tensor, "b h4 w4"] | None = None,
     reduction: Reduction = mean_over_images,
@@ -40,20 +43,29 @@ def relation_loss(
 
     Args:
         student: distillation feature of the student; its h x w positions are compared.
-        teacher: embedding of the teacher, any size and channels, float16 as stored or wider; resized bilinearly.
+        teacher: embedding of the teacher [B, C2, h2, w2], any size and channels, float16 or wider, or int8 as a cache
+            stores it; resized bilinearly, image by image, so that it is never widened as a whole.
+        scale: of an int8 teacher, whose embedding is ``teacher * scale``; None for floats.
         attention: attention map, any size; resized bilinearly.
         valid: where the targets hold, at any resolution; None for everywhere. A position takes part if all of its
             pixels are valid, a pair if both of its positions do; images without any drop out.
         reduction: of the images' losses.
+
+    Raises:
+        ValueError: an int8 teacher without its scale, or floats with one.
     """
-    mask = _valid_positions(valid, student).flatten(1)
-    features, targets = widen(student), _resized(teacher.detach(), student)
-    weights = None if attention is None else _resized(attention.detach(), student).flatten(1).to(features) * mask
+    if (scale is None) == (teacher.dtype == torch.int8):
+        raise ValueError(
+            f"the teacher is {str(teacher.dtype).removeprefix('torch.')} with{'out' if scale is None else ''} a scale: "
+            "give int8 with the scale of each position, or floats without one"
+        )
+    mask = _valid_positions(valid, student)
+    weights = None if attention is None else _resized(attention.detach(), student).flatten(1) * mask.flatten(1)
     device = student.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else features.dtype
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else widen(student[:0]).dtype
     with torch.autocast(device, enabled=False):
-        losses = _RelationGap.apply(features, targets, weights, mask, dtype)
-    return reduction(losses, mask.any(1))
+        losses = _RelationGap.apply(student, teacher.detach(), scale, weights, mask, dtype)
+    return reduction(losses, mask.flatten(1).any(1))
 
 
 def feature_distillation_loss(
@@ -90,31 +102,78 @@ class _RelationGap(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, features: Tensor, targets: Tensor, attention: Tensor | None, mask: Tensor, dtype: torch.dtype
+        ctx: Any,
+        features: Tensor,
+        targets: Tensor,
+        scale: Tensor | None,
+        attention: Tensor | None,
+        mask: Tensor,
+        dtype: torch.dtype,
     ) -> Tensor:
-        losses, gradient = features.new_zeros(len(features)), torch.empty_like(features)
-        for b in range(len(features)):
-            unit, length = _unit(features[b], mask[b])
-            target, _ = _unit(targets[b], mask[b])
-            weights = None if attention is None else attention[b]
-            losses[b], pull = _gap_of_image(unit, target, weights, mask[b], dtype)
-            pull -= unit * torch.linalg.vecdot(unit, pull)[:, None]  # lengths do not matter
-            pull *= (mask[b] / length)[:, None]
-            gradient[b] = pull.T.view_as(gradient[b])
-        ctx.save_for_backward(gradient)
-        return losses
+        gap = _fused_gap(features, targets, dtype) or _gap_of_images
+        half_totals, half_weights, gradient = gap(features, targets, scale, attention, mask, dtype)
+        ctx.save_for_backward(gradient.mT.unflatten(2, mask.shape[1:]), half_weights)
+        ctx.dtype = features.dtype
+        return half_totals / half_weights
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return upstream[0][:, None, None, None] * gradient, None, None, None, None
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        gradient, half_weights = ctx.saved_tensors
+        gradient = (upstream[0] / half_weights)[:, None, None, None] * gradient
+        return gradient.to(ctx.dtype), None, None, None, None, None
+
+
+def _fused_gap(features: Tensor, targets: Tensor, dtype: torch.dtype) -> Callable[..., Any] | None:
+    """What does ``_gap_of_images`` in one go; None off CUDA, without Triton, or with more channels than it can take."""
+    if not features.is_cuda or torch.version.hip is not None:
+        return None
+    try:
+        from samfeat.student import relation_triton
+    except ImportError:
+        return None
+    limits = relation_triton.limits_of(features.device)
+    fits = relation_triton.fused_tile(features.shape[1], targets.shape[1], dtype, limits)
+    return relation_triton.gap_of_images if fits else None
+
+
+def _gap_of_images(
+    features: Float[Tensor, "b c h w"],
+    targets: Tensor,
+    scale: Tensor | None,
+    attention: Float[Tensor, "b n"] | None,
+    mask: Bool[Tensor, "b h w"],
+    dtype: torch.dtype,
+) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"], Float[Tensor, "b n c"]]:
+    """Halves of sum(e^W |D|) and of Z of every image, and half of the sum's derivative by the features.
+
+    Args:
+        features: of the student, any float dtype.
+        targets: of the teacher [B, C2, h2, w2], any float dtype, or int8 with a scale [B, h2, w2].
+        scale: see ``targets``.
+        attention: 0 where the mask is False; None for equal weights.
+        mask: positions that take part.
+        dtype: of the matrix products.
+    """
+    images, channels = features.shape[:2]
+    half_totals = torch.empty(images, dtype=widen(features[:0]).dtype, device=features.device)
+    half_weights = torch.empty_like(half_totals)
+    gradient = half_totals.new_empty((images, mask[0].numel(), channels))
+    for b in range(images):
+        counted = mask[b].flatten()
+        unit, length = _unit(widen(features[b]), counted)
+        target, _ = _unit(_target(targets[b], None if scale is None else scale[b], features), counted)
+        weights = None if attention is None else attention[b].to(unit.dtype)
+        half_totals[b], half_weights[b], pull = _gap_of_image(unit, target, weights, counted, dtype)
+        pull -= unit * torch.linalg.vecdot(unit, pull)[:, None]  # lengths do not matter
+        torch.mul(pull, (counted / length)[:, None], out=gradient[b])
+    return half_totals, half_weights, gradient
 
 
 def _gap_of_image(
     features: Tensor, targets: Tensor, attention: Tensor | None, mask: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Loss of one image from unit features [n, c] that are zero where the mask is, and its derivative by them, [n, c].
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same halves for unit features [n, c] that are zero where the mask is; the derivative is by these, [n, c].
 
     The products of the features run in ``dtype``. A tile reaches from the diagonal to the right; its mirror image
     below the diagonal is added along with it, for which its square on the diagonal, its own mirror image, is halved.
@@ -122,7 +181,9 @@ def _gap_of_image(
     counted = mask.to(features.dtype)
     half_total, half_weights = features.new_zeros(()), counted.sum().square() / 2
     if attention is not None:
-        half_weights, least = features.new_zeros(()), -attention.abs().amax().square()[None, None]
+        half_weights = features.new_zeros(())
+        binary = attention / math.log(2)  # e^x = 2^(x / log 2), which is three times faster here
+        most = (attention * binary).amax()
     narrow, other = features.to(dtype), targets.to(dtype)
     left, right = torch.cat([narrow, other], 1), torch.cat([narrow, -other], 1)
     gradient = torch.zeros_like(features)
@@ -134,16 +195,19 @@ def _gap_of_image(
             pull = gap.sign()
             pull[:, square] *= 0.5
         else:
-            weight = torch.addr(least, attention[rows], attention[columns]).exp_()
+            weight = torch.outer(binary[rows], attention[columns]).sub_(most).exp2_()
             weight[:, square] *= 0.5
             half_weights += counted[rows] @ (weight @ counted[columns])
             pull = weight.to(dtype).copysign_(gap)  # at gap 0 any slope between both is right
-        half_total += (gap * pull).sum(dtype=features.dtype)
-        gradient[rows] += pull @ narrow[columns]
-        gradient[columns] += pull.T @ narrow[rows]
-    half_weights = half_weights.clamp(min=0.5)  # only ever less where nothing is valid: the largest weight is 1
-    gradient /= half_weights
-    return half_total / half_weights, gradient
+        if dtype == features.dtype:
+            gradient[rows].addmm_(pull, narrow[columns])
+            gradient[columns].addmm_(pull.T, narrow[rows])
+            half_total += gap.flatten() @ pull.flatten()
+        else:
+            gradient[rows] += pull @ narrow[columns]
+            gradient[columns] += pull.T @ narrow[rows]
+            half_total += gap.mul_(pull).sum(dtype=features.dtype)
+    return half_total, half_weights.clamp(min=0.5), gradient  # where anything is valid, the largest weight is 1
 
 
 def _unit(
@@ -153,6 +217,16 @@ def _unit(
     rows = features.flatten(1).T.contiguous()  # which may still be the memory of ``features``
     length = torch.linalg.vector_norm(rows, dim=1) + 1e-7
     return (rows / length[:, None]).mul_(mask[:, None]), length
+
+
+def _target(values: Tensor, scale: Tensor | None, like: Tensor) -> Float[Tensor, "c2 h w"]:
+    """The embedding of one image on the grid of ``like``; its lengths are free."""
+    values = values[None].contiguous(memory_format=torch.channels_last)  # then resizing makes rows, twice as fast
+    if scale is not None:
+        values = values.float()
+        if scale.shape != like.shape[2:]:  # else it cancels
+            values *= scale
+    return _resized(values, like)[0]
 
 
 def _resized(maps: Float[Tensor, "b c2 h2 w2"], like: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c2 h w"]:

@@ -3,45 +3,21 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import cv2
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from eq8 import LargestTensor, attention_map, features, naive
 from scipy.special import softmax
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from samfeat.student import relation
 from samfeat.student.relation import feature_distillation_loss, relation_loss
-
-
-def features(seed: int, *shape: int, smooth: int = 1) -> Tensor:
-    """Float64 features [B, C, h, w]; neighbours are alike over ``smooth`` positions, as in a real network."""
-    batch, channels, height, width = shape
-    rng = torch.Generator().manual_seed(seed)
-    coarse = (batch, channels, -(-height // smooth), -(-width // smooth))
-    values = torch.randn(coarse, generator=rng, dtype=torch.float64)
-    return F.interpolate(values, size=(height, width), mode="bicubic") + (0.2 if smooth > 1 else 0)
-
-
-def attention_map(seed: int, *shape: int) -> Tensor:
-    return 3 * torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def naive(student: Tensor, teacher: Tensor, attention: Tensor | None = None, valid: Tensor | None = None) -> Tensor:
-    """Equations 7 and 8 with whole matrices, for autograd; all maps of one size, ``valid`` [B, h, w]."""
-    losses = []
-    for b in range(len(student)):
-        keep = torch.ones(student.shape[2:], dtype=torch.bool) if valid is None else valid[b]
-        if not keep.any():
-            continue
-        own, other = (F.normalize(maps[b][:, keep], dim=0) for maps in (student, teacher))
-        weights = torch.zeros(own.shape[1], dtype=own.dtype) if attention is None else attention[b, 0][keep]
-        weights = torch.outer(weights, weights).flatten().softmax(0)
-        losses.append((weights * (own.T @ own - other.T @ other).abs().flatten()).sum())
-    return torch.stack(losses).mean()
+from samfeat.teacher_cache.rows import dequantize, quantize
 
 
 def gradient_of(loss: Tensor, student: Tensor) -> Tensor:
@@ -223,22 +199,55 @@ def test_degenerate_cases_are_finite(loss, case: str) -> None:
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-def test_no_relation_matrix_is_ever_whole(weighted: bool) -> None:
-    class LargestTensor(TorchDispatchMode):
-        elements = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            result = func(*args, **(kwargs or {}))
-            for value in result if isinstance(result, (tuple, list)) else [result]:
-                if isinstance(value, Tensor):
-                    self.elements = max(self.elements, value.numel())
-            return result
-
+@pytest.mark.parametrize("stored", [False, True])
+def test_no_relation_matrix_is_ever_whole(weighted: bool, stored: bool) -> None:
     student, teacher = features(29, 2, 8, 50, 50).float().requires_grad_(), features(30, 2, 8, 64, 64).half()
+    scale = teacher.float().abs().amax(1) / 127 if stored else None
+    if stored:
+        teacher = (teacher / scale[:, None]).round().to(torch.int8)
     attention = attention_map(31, 2, 1, 100, 100).float() if weighted else None
     with LargestTensor() as largest:
-        relation_loss(student, teacher, attention=attention).backward()
+        relation_loss(student, teacher, scale=scale, attention=attention).backward()
     assert 2500 < largest.elements <= 2500**2 / 4
+
+
+@pytest.mark.parametrize("size", [(9, 8), (13, 15), (6, 5)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_an_embedding_as_stored_is_the_one_that_was_quantised(
+    size: tuple[int, int], layout: torch.memory_format
+) -> None:
+    """The oracle dequantises first, whole, with the code that reads caches."""
+    stored = [quantize(maps) for maps in features(40, 2, 12, *size).numpy()]
+    values = torch.from_numpy(np.stack([s.values for s in stored])).contiguous(memory_format=layout)
+    scale = torch.from_numpy(np.stack([s.scale for s in stored]))
+    teacher = torch.from_numpy(np.stack([dequantize(*s) for s in stored]))
+    student, attention = features(41, 2, 6, 9, 8).float().requires_grad_(), attention_map(42, 2, 1, 9, 8).float()
+    given = values.clone()
+    losses = (
+        relation_loss(student, values, scale=scale, attention=attention),
+        relation_loss(student, teacher, attention=attention),
+    )
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-6)
+    torch.testing.assert_close(gradient_of(losses[0], student), gradient_of(losses[1], student), rtol=1e-4, atol=1e-7)
+    assert torch.equal(values, given)
+
+
+def test_a_stored_embedding_needs_its_scale_and_no_other_has_one() -> None:
+    student, teacher, scale = features(43, 1, 4, 3, 3), features(44, 1, 4, 3, 3), torch.ones(1, 3, 3)
+    with pytest.raises(ValueError, match="teacher is int8 without a scale: give int8 with"):
+        relation_loss(student, teacher.to(torch.int8))
+    with pytest.raises(ValueError, match="teacher is float64 with a scale"):
+        relation_loss(student, teacher, scale=scale)
+
+
+def test_cuda_is_asked_for_triton_and_the_cpu_is_not() -> None:
+    program = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch; from samfeat.student.relation import relation_loss\n"
+        "maps = torch.rand(1, 4, 3, 3, requires_grad=True); relation_loss(maps, torch.rand(1, 4, 3, 3)).backward()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_relation_losses_compile_to_one_graph() -> None:

@@ -1,9 +1,10 @@
 """What does relation distillation cost? The one-pass loss against eq. 7-8 with whole matrices and autograd.
 
-    python tests/benchmarks/bench_relation.py [--pairs 2] [--repeats 9] [--out bench/relation.md]
+    python tests/benchmarks/bench_relation.py [--device cpu|cuda] [--pairs 2] [--repeats 9] [--out bench/relation.md]
 
-One process, interleaved: medians and minima of forward and backward, the memory that each adds (resident, sampled), and
-the gradients' difference from the whole matrices in float64. 50 x 50 positions, 256 channels.
+One process, interleaved: medians and minima of forward and backward, the memory that each adds (resident and sampled on
+the CPU, allocated on CUDA), and the gradients' difference from the whole matrices in float64. 50 x 50 positions, 256
+channels; a teacher as stored has 64 x 64 positions, and is compared with one that is dequantised before the loss.
 """
 
 from __future__ import annotations
@@ -15,16 +16,34 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
+from unittest.mock import patch
 
 import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from samfeat.student import relation
 from samfeat.student.relation import relation_loss
+from samfeat.teacher_cache.rows import quantize
 
-SIDE, CHANNELS = 50, 256
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+SIDE, STORED_SIDE, CHANNELS = 50, 64, 256
+Loss = Callable[[Tensor], Tensor]  # of the student
+
+
+class Maps(NamedTuple):
+    """Student and attention on the student's grid; the teacher on it, and as a store holds it, on a finer one."""
+
+    student: Tensor
+    attention: Tensor
+    teacher: Tensor
+    stored: Tensor
+    scale: Tensor
+
+    def whole(self) -> Tensor:
+        """The stored teacher, dequantised."""
+        return self.stored * self.scale[:, None]
 
 
 def naive(student: Tensor, teacher: Tensor, attention: Tensor) -> Tensor:
@@ -36,24 +55,75 @@ def naive(student: Tensor, teacher: Tensor, attention: Tensor) -> Tensor:
     return (weights * gap.flatten(1)).sum(1).mean()
 
 
-def ours(student: Tensor, teacher: Tensor, attention: Tensor) -> Tensor:
-    return relation_loss(student, teacher, attention=attention)
+def contenders(maps: Maps, device: str) -> dict[str, tuple[Loss, str]]:
+    """Name -> the loss and which teacher it sees."""
+
+    def ours(student: Tensor) -> Tensor:
+        return relation_loss(student, maps.teacher, attention=maps.attention)
+
+    def dequantised(student: Tensor) -> Tensor:
+        return relation_loss(student, maps.whole(), attention=maps.attention)
+
+    def stored(student: Tensor) -> Tensor:
+        return relation_loss(student, maps.stored, scale=maps.scale, attention=maps.attention)
+
+    def whole(student: Tensor) -> Tensor:
+        return naive(student, maps.teacher, maps.attention)
+
+    def narrow(loss: Loss) -> Loss:
+        def run(student: Tensor) -> Tensor:
+            with torch.autocast(device, torch.bfloat16):
+                return loss(student)
+
+        return run
+
+    def tiled(loss: Loss) -> Loss:
+        def run(student: Tensor) -> Tensor:
+            with patch.object(relation, "_fused_gap", lambda *_: None):
+                return loss(student)
+
+        return run
+
+    found = {"whole matrices, float32": (whole, "teacher")}
+    if device == "cuda":
+        found["whole matrices, float32, compiled"] = (torch.compile(whole), "teacher")
+        found["whole matrices, bfloat16, compiled"] = (torch.compile(narrow(whole)), "teacher")
+        found["tiles of PyTorch, float32"] = (tiled(ours), "teacher")
+        found["tiles of PyTorch, bfloat16"] = (tiled(narrow(ours)), "teacher")
+    found["one pass, float32"] = (ours, "teacher")
+    if device == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        found["one pass, bfloat16"] = (narrow(ours), "teacher")
+        found["one pass, bfloat16, teacher dequantised before"] = (narrow(dequantised), "stored")
+        found["one pass, bfloat16, teacher as stored"] = (narrow(stored), "stored")
+    return found
 
 
-def ours_bf16(student: Tensor, teacher: Tensor, attention: Tensor) -> Tensor:
-    with torch.autocast("cpu", torch.bfloat16):
-        return relation_loss(student, teacher, attention=attention)
-
-
-def gradient(loss: Loss, student: Tensor, teacher: Tensor, attention: Tensor) -> Tensor:
+def gradient(loss: Loss, student: Tensor) -> Tensor:
     student = student.detach().requires_grad_()
-    loss(student, teacher, attention).backward()
+    loss(student).backward()
     assert student.grad is not None
     return student.grad
 
 
-def added_memory(run: Callable[[], object]) -> float:
-    """Peak of resident memory above that before, MiB."""
+def exact_gradients(maps: Maps) -> dict[str, Tensor]:
+    """Of the whole matrices in float64, image by image."""
+    resized = F.interpolate(maps.whole().double(), (SIDE, SIDE), mode="bilinear")
+    found = {}
+    for name, teacher in (("teacher", maps.teacher.double()), ("stored", resized)):
+        images = zip(*(values.double()[:, None] for values in (maps.student, teacher, maps.attention)))
+        found[name] = torch.cat([gradient(lambda s, t=t, a=a: naive(s, t, a), s) for s, t, a in images])
+        found[name] /= len(teacher)
+    return found
+
+
+def added_memory(run: Callable[[], object], device: str) -> float:
+    """Peak of resident memory above that before, or of allocated memory on CUDA, MiB."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
     process, stop, peak = psutil.Process(), threading.Event(), [0]
 
     def watch() -> None:
@@ -69,52 +139,69 @@ def added_memory(run: Callable[[], object]) -> float:
     return (peak[0] - before) / 2**20
 
 
-def features(images: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Student, teacher, attention: smooth fields with noise, the student near its teacher."""
+def make_maps(images: int, device: str) -> Maps:
+    """Smooth fields with noise, the student near its teacher."""
+    generator = torch.Generator().manual_seed(0)
     coarse = torch.randn(images, CHANNELS, 7, 7, generator=generator)
-    teacher = F.interpolate(coarse, (SIDE, SIDE), mode="bicubic")
-    teacher = teacher + 0.2 * torch.randn(teacher.shape, generator=generator)
+    teacher, finer = (F.interpolate(coarse, (side, side), mode="bicubic") for side in (SIDE, STORED_SIDE))
+    teacher, finer = (maps + 0.2 * torch.randn(maps.shape, generator=generator) for maps in (teacher, finer))
     student = teacher + 0.5 * torch.randn(teacher.shape, generator=generator)
-    return student, teacher, F.softplus(torch.randn(images, 1, SIDE, SIDE, generator=generator))
+    attention = F.softplus(torch.randn(images, 1, SIDE, SIDE, generator=generator))
+    stored = [quantize(embedding) for embedding in finer.numpy()]
+    values, scale = (torch.stack([torch.from_numpy(part) for part in parts]) for parts in zip(*stored))
+    return Maps(*(maps.to(device) for maps in (student, attention, teacher, values, scale)))
+
+
+def milliseconds(run: Callable[[], object], device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return 1e3 * (time.perf_counter() - start)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--pairs", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--out", type=Path, default=Path("bench/relation.md"))
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--pairs", type=int, help="2 on the CPU, 14 on CUDA")
+    parser.add_argument("--repeats", type=int, help="9 on the CPU, 50 on CUDA")
+    parser.add_argument("--out", type=Path, help="bench/relation.md, on CUDA bench/relation_cuda.md")
     arguments = parser.parse_args()
-    maps = features(2 * arguments.pairs, torch.Generator().manual_seed(0))
-    contenders: dict[str, Loss] = {"whole matrices, float32": naive, "one pass, float32": ours}
-    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        contenders["one pass, bfloat16"] = ours_bf16
-    exact = gradient(naive, *(m.double() for m in maps))
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for repeat in range(arguments.repeats + 1):
-        for name, loss in contenders.items():
-            start = time.perf_counter()
-            gradient(loss, *maps)
+    device, cuda = arguments.device, arguments.device == "cuda"
+    maps = make_maps(2 * (arguments.pairs or (14 if cuda else 2)), device)
+    losses, exact = contenders(maps, device), exact_gradients(maps)
+    times: dict[str, list[float]] = {name: [] for name in losses}
+    for repeat in range((arguments.repeats or (50 if cuda else 9)) + 1):
+        for name, (loss, _) in losses.items():
+            took = milliseconds(lambda loss=loss: gradient(loss, maps.student), device)
             if repeat:
-                times[name].append(1e3 * (time.perf_counter() - start))
+                times[name].append(took)
+    where = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} threads"
     lines = [
-        f"{2 * arguments.pairs} images, {SIDE} x {SIDE} positions, {torch.get_num_threads()} threads",
+        f"{len(maps.student)} images, {SIDE} x {SIDE} positions, {where}",
         "",
         "| loss | median ms | min ms | faster (medians) | (minima) | memory, MiB | gradient off by | its cosine |",
         "|---|---|---|---|---|---|---|---|",
     ]
     first = next(iter(times.values()))
-    for name, loss in contenders.items():
-        found = gradient(loss, *maps).double()
-        off = float((found - exact).norm() / exact.norm())
-        cosine = float(F.cosine_similarity(found.flatten(), exact.flatten(), dim=0))
-        memory = statistics.median(added_memory(lambda loss=loss: gradient(loss, *maps)) for _ in range(5))
+    for name, (loss, teacher) in losses.items():
+        found = gradient(loss, maps.student).double()
+        off = float((found - exact[teacher]).norm() / exact[teacher].norm())
+        cosine = float(F.cosine_similarity(found.flatten(), exact[teacher].flatten(), dim=0))
+        del found
+        memory = statistics.median(
+            added_memory(lambda loss=loss: gradient(loss, maps.student), device) for _ in range(5)
+        )
         median, least = statistics.median(times[name]), min(times[name])
         lines.append(
-            f"| {name} | {median:.0f} | {least:.0f} | {statistics.median(first) / median:.2f} "
+            f"| {name} | {median:.1f} | {least:.1f} | {statistics.median(first) / median:.2f} "
             f"| {min(first) / least:.2f} | {memory:.0f} | {off:.1e} | {cosine:.5f} |"
         )
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text("\n".join(lines) + "\n")
+    out = arguments.out or Path("bench/relation_cuda.md" if cuda else "bench/relation.md")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
 
