@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,16 +67,20 @@ class Validation:
         noisy = photometric(warp(clean, self.homographies), generator=generator, probability=1.0)
         self.left, self.right = (views.round().to(torch.uint8) for views in (clean, noisy))
 
-    def run(self, network: SAMFeatNetwork, config: Config) -> dict[str, float]:
+    def run(self, network: SAMFeatNetwork, config: Config, **options: Any) -> dict[str, float]:
         """Figures of a student, from its ``max_keypoints`` best keypoints, however unsure of them it still is.
+
+        Args:
+            network: what to validate.
+            config: of its run.
+            **options: other extraction options that differ from the preset's.
 
         Returns:
             ``mma@1``, ``mma@3``, ``mma@5``: mean share of mutual matches within 1, 3, 5 pixels; ``matches``: mutual
             matches a pair; ``keypoints``: keypoints an image.
         """
-        student = SAMFeat(
-            config.network_preset, network=network, max_keypoints=config.run.max_keypoints, detection_threshold=0.0
-        )
+        chosen = {"max_keypoints": config.run.max_keypoints, "detection_threshold": 0.0} | options
+        student = SAMFeat(config.network_preset, network=network, **chosen)
         accuracy, matches, keypoints = [], [], []
         for left, right, homography in zip(self.left, self.right, self.homographies.numpy()):
             features = student.extract(left), student.extract(right)
