@@ -17,6 +17,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -146,9 +147,9 @@ class _Study:
         self.report(f"{len(runs)} training runs, {finished} of them finished; {len(turns)} measurements of step times")
         total = len(runs) + len(turns)
 
-        def tell(done: float) -> None:
+        def tell(done: int, part: float = 0.0) -> None:
             if progress:
-                progress(done, total)
+                progress(done + part, total)
 
         for number, (k, name, label) in enumerate(turns):
             tell(number)
@@ -157,7 +158,7 @@ class _Study:
         for number, (place, run) in enumerate(runs.items(), start=len(turns)):
             tell(number)
             try:
-                self._measure(run, [row for _, row in wanted[place]], tell=lambda part, n=number: tell(n + part))
+                self._measure(run, [row for _, row in wanted[place]], tell=partial(tell, number))
             except (ValueError, torch.OutOfMemoryError) as error:
                 self.failures[place] = str(error).splitlines()[0]
                 self.report(f"{place} failed, all others go on: {self.failures[place]}")
@@ -192,7 +193,10 @@ class _Study:
             taken = figures[VALIDATION]
             if _named(options) not in taken:
                 validation = Validation(
-                    self.stores, sorted(hold_out(self.stores, run.config.run)), run.config.run, run.config.data.homography
+                    self.stores,
+                    sorted(hold_out(self.stores, run.config.run)),
+                    run.config.run,
+                    run.config.data.homography,
                 )
                 student = SAMFeat.from_pretrained(weights)
                 taken[_named(options)] = validation.run(student.network, run.config, **options)

@@ -25,11 +25,11 @@ CHOSEN = "mma@3"  # what the paper's tables show
 
 
 class Spread(NamedTuple):
-    """Mean and sample standard deviation of ``count`` values; the deviation is None for a single one."""
+    """Mean and sample standard deviation of ``number`` values; the deviation is None for a single one."""
 
     mean: float
     deviation: float | None
-    count: int
+    number: int
 
     def __str__(self) -> str:
         return f"{self.mean:.1f}" + ("" if self.deviation is None else f" ± {self.deviation:.1f}")
@@ -129,14 +129,16 @@ def _rows(table: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
 def _page(name: str, table: Mapping[str, Any]) -> str:
     timed = table["measure"] == "step_time"
     columns = _time_columns(table) if timed else _accuracy_columns(table)
-    header = ["row", *columns, *(["paper", "paper's " + ("ratio" if timed else "difference")] if table["paper"] else [])]
-    reference = table["rows"][table["reference"]]["paper"]
+    header = [
+        "row",
+        *columns,
+        *(["paper", "paper's " + ("ratio" if timed else "difference")] if table["paper"] else []),
+    ]
     lines = []
     for label, row in _rows(table):
         cells = [_cell(cells[label], ratio=column.startswith("times")) for column, cells in columns.items()]
         if table["paper"]:
-            compared = f"{row['paper'] / reference:.2f}" if timed else f"{row['paper'] - reference:+.1f}"
-            cells += [f"{row['paper']:.1f}", compared]
+            cells += _paper_cells(row["paper"], table["rows"][table["reference"]]["paper"], ratio=timed)
         lines.append([label + (" (failed)" if row["failed"] else ""), *cells])
     notes = [_protocol(table), f"Compared with: {table['reference']}."]
     if table["paper"]:
@@ -154,6 +156,12 @@ def _cell(cell: Spread | None, *, ratio: bool) -> str:
     if ratio:
         return f"{cell.mean:.2f}" + ("" if cell.deviation is None else f" ± {cell.deviation:.2f}")
     return str(cell)
+
+
+def _paper_cells(number: float | None, reference: float | None, *, ratio: bool) -> list[str]:
+    if number is None or reference is None:
+        return ["–" if number is None else f"{number:.1f}", "–"]
+    return [f"{number:.1f}", f"{number / reference:.2f}" if ratio else f"{number - reference:+.1f}"]
 
 
 def _protocol(table: Mapping[str, Any]) -> str:
@@ -190,8 +198,8 @@ def _plot(table: Mapping[str, Any]) -> bytes:
         else:
             _draw_seeds(axis, table, panel)
     if table["paper"]:
-        places = range(len(labels))
-        axes[-1].plot([row["paper"] for _, row in _rows(table)], places, "D", color="0.35", markersize=6)
+        numbers = [np.nan if row["paper"] is None else row["paper"] for _, row in _rows(table)]
+        axes[-1].plot(numbers, range(len(labels)), "D", color="0.35", markersize=6)
         axes[-1].set(title="paper", xlabel=table["paper"])
     for axis in axes:
         axis.grid(alpha=0.3)
