@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -132,7 +132,7 @@ def plan_runs(
                 config = load_config(preset, [*overrides, *changes])
             except ValueError as error:
                 raise ValueError(f"table {name}, row {label}: {error}") from error
-            values = config.to_dict()
+            values = asdict(config)
             del values["preset"], values["run"]["seed"]
             key = hashlib.sha256(json.dumps([values, identity], sort_keys=True).encode()).hexdigest()[:12]
             for seed in range(seeds):
