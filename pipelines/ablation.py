@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from samfeat.pipelines.ablation_report import write_report
+from samfeat.pipelines.ablation_report import VALIDATION, write_report
 from samfeat.pipelines.ablation_tables import Ablations, Row, Run, Table, load_ablations, plan_runs
 from samfeat.pipelines.checkpoint import NAMES as CHECKPOINTS
 from samfeat.pipelines.extract import load_method
@@ -38,7 +38,6 @@ from samfeat.teacher_cache.store import TeacherCache, open_stores
 
 ROUNDS = 5  # of step times; in each, all rows have their turn
 WARM_STEPS, TIMED_STEPS = 3, 10  # of a turn
-VALIDATION = "held-out views"
 
 
 @dataclass(frozen=True)
@@ -289,17 +288,21 @@ class _Study:
         return write_report(self.folder, results)
 
     def _by_seed(self, runs: Sequence[Run], row: Row) -> dict[str, Any]:
-        """Figures by what they were measured on, then by seed."""
+        """Figures by what they were measured on, then by seed; and those of the untrained students by seed."""
         found: dict[str, dict[str, Any]] = {}
+        untrained = {}
         for run in runs:
-            for title, figures in self._measured(self._figures(run), row):
-                found.setdefault(title, {})[str(run.config.run.seed)] = figures
-        return {"figures": found}
+            figures, seed = self._figures(run), str(run.config.run.seed)
+            if figures:
+                untrained[seed] = figures["untrained"]
+            for title, values in self._measured(figures, row):
+                found.setdefault(title, {})[seed] = values
+        return {"figures": found, "untrained": untrained}
 
     def _measured(self, figures: Mapping[str, Any], row: Row) -> Iterator[tuple[str, Any]]:
         places = [(VALIDATION, VALIDATION, row.extraction)]
         if self.data is not None:
-            places.append((Path(self.data).name, self.digest, {**self.extraction, **row.extraction}))
+            places.append((f"{Path(self.data).name} sequences", self.digest, {**self.extraction, **row.extraction}))
         for title, key, options in places:
             if _named(options) in figures.get(key, {}):
                 yield title, figures[key][_named(options)]

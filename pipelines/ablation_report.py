@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 MMA = ("mma@1", "mma@3", "mma@5")
 CHOSEN = "mma@3"  # what the paper's tables show
+VALIDATION = "held-out views"
 
 
 class Spread(NamedTuple):
@@ -54,8 +55,8 @@ def write_report(folder: str | Path, results: Mapping[str, Mapping[str, Any]]) -
         folder: of the ablations.
         results: by table: ``title``, ``measure``, ``paper`` (what its numbers are), ``reference`` (a row),
             ``protocol``, and ``rows`` by name. A row has ``paper`` (its number, or None), ``failed`` (reasons), and
-            ``figures`` (accuracies in [0, 1], by what they were measured on, then by seed) or ``seconds`` (of training
-            steps, one list a round).
+            either ``figures`` (accuracies in [0, 1], by what they were measured on, then by seed) and ``untrained``
+            (before training, by seed, on held-out views), or ``seconds`` (of training steps, one list a round).
 
     Returns:
         path of ``ablations.md``.
@@ -115,6 +116,11 @@ def _percent(row: Mapping[str, Any], place: str, name: str) -> dict[str, float]:
     return {seed: 100 * figures[name] for seed, figures in row["figures"].get(place, {}).items()}
 
 
+def _untrained(table: Mapping[str, Any]) -> Spread | None:
+    """MMA@3 in per cent of all rows' students before training, on held-out views."""
+    return spread([100 * figures[CHOSEN] for _, row in _rows(table) for figures in row["untrained"].values()])
+
+
 def _places(table: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(place for _, row in _rows(table) for place in row["figures"]))
 
@@ -141,6 +147,8 @@ def _page(name: str, table: Mapping[str, Any]) -> str:
             cells += _paper_cells(row["paper"], table["rows"][table["reference"]]["paper"], ratio=timed)
         lines.append([label + (" (failed)" if row["failed"] else ""), *cells])
     notes = [_protocol(table), f"Compared with: {table['reference']}."]
+    if not timed and (untrained := _untrained(table)):
+        notes.append(f"Before training: {untrained} at 3 pixels on {VALIDATION}.")
     if table["paper"]:
         notes.append(f"Paper: {table['paper']}.")
     failed = dict.fromkeys(f"{label}: {reason}" for label, row in _rows(table) for reason in row["failed"])
@@ -220,6 +228,10 @@ def _draw_seeds(axis: Axes, table: Mapping[str, Any], place: str) -> None:
     for k, (_, row) in enumerate(_rows(table)):
         if cell := spread(list(_percent(row, place, CHOSEN).values())):
             axis.errorbar(cell.mean, k, xerr=cell.deviation, fmt="o", color="C0", markersize=7, capsize=3)
+    untrained = _untrained(table) if place == VALIDATION else None
+    if untrained:
+        axis.axvline(untrained.mean, color="0.5", linestyle=":", label="untrained")
+        axis.legend(frameon=False, fontsize="small")
     axis.set(title=place, xlabel="MMA@3 [%]")
 
 

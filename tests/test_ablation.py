@@ -129,6 +129,8 @@ def test_figures_are_those_of_the_last_step_of_the_run(study):
             last = metrics(folder / "runs" / row["key"] / f"seed{seed}")[-1]
             assert {f"validation/{name}": value for name, value in figures.items()} | {"step": 3} == last
             assert last["step"] == 3
+            first = metrics(folder / "runs" / row["key"] / f"seed{seed}")[0]
+            assert {f"validation/{name}": v for name, v in row["untrained"][seed].items()} | {"step": 0} == first
 
 
 def test_options_at_test_time_are_measured_on_the_same_views(study, cache, tmp_path):
@@ -147,7 +149,7 @@ def test_sequences_are_measured_as_by_evaluate(study, sequences, tmp_path):
     weights = folder / "runs" / row["key"] / "seed1" / "weights.safetensors"
     method = load_method("samfeat", weights=weights, device="cpu", **EXTRACTION, edge_gain=5.0)
     results = evaluate_hpatches(sequences, tmp_path, method=method)
-    figures = row["figures"]["moved"]["1"]
+    figures = row["figures"]["moved sequences"]["1"]
     assert [figures[f"mma@{t}"] for t in (1, 3, 5)] == [results["mma"]["all"][t - 1] for t in (1, 3, 5)]
     assert figures["matches"] == results["matches"]["all"] > 0
     assert figures["keypoints"] == results["features"]["mean"] <= 30

@@ -36,8 +36,8 @@ def accuracy(**changes):
             "stores": [{"name": "a.zarr", "images": 8, "teacher": "classical"}],
         },
         "rows": {
-            "DSFD": {"paper": 76.9, "failed": [], "figures": {"held-out views": figures(*BASE)}},
-            "ASRD": {"paper": 78.6, "failed": [], "figures": {"held-out views": figures(*BETTER)}},
+            "DSFD": {"paper": 76.9, "failed": [], "untrained": {}, "figures": {"held-out views": figures(*BASE)}},
+            "ASRD": {"paper": 78.6, "failed": [], "untrained": {}, "figures": {"held-out views": figures(*BETTER)}},
             **changes,
         },
     }
@@ -63,6 +63,7 @@ def test_differences_are_taken_seed_by_seed():
 
 def test_a_table_of_accuracies(tmp_path):
     page = write_report(tmp_path, {"V": accuracy()}).read_text()
+    assert "Before training" not in page
     differences = [100 * (b - a) for a, b in zip(BASE, BETTER)]
     expected = [
         "ASRD",
@@ -80,9 +81,20 @@ def test_a_table_of_accuracies(tmp_path):
     assert summary["ASRD"]["held-out views: MMA@3"]["deviation"] == pytest.approx(statistics.stdev(BETTER) * 100)
 
 
+def test_untrained_students_are_told(tmp_path):
+    row = {"paper": 78.6, "failed": [], "untrained": figures(0.1, 0.2), "figures": {"held-out views": figures(*BASE)}}
+    page = write_report(tmp_path, {"V": accuracy(ASRD=row)}).read_text()
+    assert f"Before training: 15.0 ± {statistics.stdev([10, 20]):.1f} at 3 pixels" in page
+
+
 def test_what_is_not_there_yet_is_a_dash(tmp_path):
-    own = {"paper": None, "failed": ["diverged"], "figures": {}}
-    part = {"paper": None, "failed": [], "figures": {"held-out views": figures(0.4), "real": figures(0.3)}}
+    own = {"paper": None, "failed": ["diverged"], "untrained": {}, "figures": {}}
+    part = {
+        "paper": None,
+        "failed": [],
+        "untrained": {},
+        "figures": {"held-out views": figures(0.4), "real": figures(0.3)},
+    }
     page = write_report(tmp_path, {"V": accuracy(own=own, part=part)}).read_text()
     assert cells(page, "own") == ["own (failed)"] + ["–"] * 10
     assert "Failed: own: diverged" in page
@@ -124,6 +136,6 @@ def test_plots_show_what_changes(tmp_path):
 
     whole = picture()
     assert min(whole.shape[:2]) > 200
-    row = {"paper": 78.6, "failed": [], "figures": {"held-out views": figures(0.7, 0.7, 0.7)}}
+    row = {"paper": 78.6, "failed": [], "untrained": {}, "figures": {"held-out views": figures(0.7, 0.7, 0.7)}}
     assert (picture(ASRD=row) != whole).any()
-    assert picture(third={"paper": None, "failed": [], "figures": {}}).shape[0] > whole.shape[0]
+    assert picture(third={"paper": None, "failed": [], "untrained": {}, "figures": {}}).shape[0] > whole.shape[0]
