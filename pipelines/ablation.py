@@ -37,7 +37,7 @@ from samfeat.student.extractor import SAMFeat
 from samfeat.teacher_cache.store import TeacherCache, open_stores
 
 ROUNDS = 5  # of step times; in each, all rows have their turn
-WARM_STEPS, TIMED_STEPS = 3, 10  # of a turn
+WARM_STEPS, TIMED_STEPS, LAST_STEPS = 3, 10, 3  # of a turn; the last steps of a training may be reported together
 
 
 @dataclass(frozen=True)
@@ -228,7 +228,7 @@ class _Study:
         path = self._times(run) / f"round{number}.json"
         if path.exists():
             return
-        steps = WARM_STEPS + TIMED_STEPS
+        steps = WARM_STEPS + TIMED_STEPS + LAST_STEPS
         config = replace(
             run.config,
             optimiser=replace(run.config.optimiser, steps=steps),
@@ -245,7 +245,7 @@ class _Study:
         shutil.rmtree(scratch, ignore_errors=True)
         moments: list[float] = []
         train(self.cache, scratch, config, report=self.report, progress=lambda _: moments.append(time.perf_counter()))
-        write_json(path, np.diff(moments)[WARM_STEPS - 1 :].tolist())
+        write_json(path, np.diff(moments)[WARM_STEPS - 1 : -LAST_STEPS].tolist())
         shutil.rmtree(scratch)
 
     def _times(self, run: Run) -> Path:
