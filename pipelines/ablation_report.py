@@ -209,6 +209,8 @@ def _plot(table: Mapping[str, Any]) -> bytes:
         numbers = [np.nan if row["paper"] is None else row["paper"] for _, row in _rows(table)]
         axes[-1].plot(numbers, range(len(labels)), "D", color="0.35", markersize=6)
         axes[-1].set(title="paper", xlabel=table["paper"])
+        if timed:
+            axes[-1].set_xlim(left=0)
     for axis in axes:
         axis.grid(alpha=0.3)
         axis.margins(x=0.12)
