@@ -251,6 +251,41 @@ def train(
     console.print(f"how it went: {summary.folder / 'report.html'}")
 
 
+@app.command()
+def ablate(
+    tables: Annotated[
+        list[str] | None, typer.Argument(help="Tables, such as IV V warping (all by default), and key=value changes.")
+    ] = None,
+    cache: Annotated[str, typer.Option(help="The cache folder, or one store; may be a URL.")] = "teacher_cache",
+    data: Annotated[Path | None, typer.Option(help="Sequences, as of `evaluate`, to measure every student on.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for runs, tables and plots.")] = Path("runs/ablations"),
+    seeds: Annotated[int, typer.Option(min=1, help="How often every row is trained.")] = 3,
+    preset: Annotated[str, typer.Option(help="What the rows change; as for `train`.")] = "sample",
+    file: Annotated[Path | None, typer.Option(help="Tables of your own, in the form of ablations.yaml.")] = None,
+) -> None:
+    """Train variations of the student and tabulate them beside the paper's. Run again to go on."""
+    must_exist(*([] if "://" in cache else [Path(cache)]), *([data] if data else []), *([file] if file else []))
+    from samfeat.pipelines.ablation import ablate as run
+    from samfeat.pipelines.ablation_tables import load_ablations
+
+    with progress_bar("runs") as bar:
+        summary = run(
+            cache,
+            out,
+            names=[word for word in tables or [] if "=" not in word],
+            ablations=load_ablations(file),
+            data=data,
+            seeds=seeds,
+            preset=preset,
+            overrides=[word for word in tables or [] if "=" in word],
+            report=console.print,
+            progress=bar,
+        )
+    console.print(f"[bold]{summary.report}[/]: {summary.runs} training runs, tables and plots")
+    if summary.failures:
+        raise ValueError(f"{len(summary.failures)} of {summary.runs} runs failed; the tables name them")
+
+
 def _is_of_the_user(error: Exception) -> bool:
     """Whether an error comes from what was asked for, not from a mistake of the program."""
     known = isinstance(error, (ValueError, OSError, ImportError))  # fsspec names the package that a URL needs

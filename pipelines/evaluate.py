@@ -80,6 +80,11 @@ def collect_results(
 
 
 def write_table(path: str | Path, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Path:
-    """Writes a Markdown table; the first column is text, the others are numbers."""
+    """Writes a :func:`markdown_table`."""
+    return write_bytes(path, markdown_table(header, rows).encode())
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown; the first column is text, the others are numbers."""
     lines = [header, ["---"] + ["--:"] * (len(header) - 1), *rows]
-    return write_bytes(path, "".join(f"| {' | '.join(line)} |\n" for line in lines).encode())
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -64,7 +64,12 @@ class Extraction(NamedTuple):
 
 
 def load_method(
-    name: str, *, weights: str | Path | None = None, max_keypoints: int | None = None, device: str = "auto"
+    name: str,
+    *,
+    weights: str | Path | None = None,
+    max_keypoints: int | None = None,
+    device: str = "auto",
+    **options: Any,
 ) -> Method:
     """A method by its name.
 
@@ -74,9 +79,11 @@ def load_method(
         weights: weights file of ``samfeat``; the other methods have none.
         max_keypoints: the best so many keypoints are kept. None leaves it to the weights file; 10,000 for the others.
         device: where ``samfeat`` runs: ``cpu``, ``cuda``, or ``auto``, which takes a GPU where there is one.
+        **options: extraction options of ``samfeat`` that differ from those in the weights file
+            (:class:`samfeat.student.extractor.ExtractionConfig`).
 
     Raises:
-        ValueError: unknown name, weights missing, superfluous or damaged, or no keypoint allowed.
+        ValueError: unknown name, weights or options missing, superfluous or damaged, or no keypoint allowed.
         FileNotFoundError: the weights do not exist.
     """
     if name not in METHODS:
@@ -86,13 +93,17 @@ def load_method(
     if name == "samfeat":
         if weights is None:
             raise ValueError("method samfeat needs trained weights: give the .safetensors file that training wrote")
-        return _samfeat(Path(weights), max_keypoints, device)
+        if max_keypoints is not None:
+            options["max_keypoints"] = max_keypoints
+        return _samfeat(Path(weights), device, options)
+    if options:
+        raise ValueError(f"method {name} has no options, got {', '.join(options)}: leave them out, or choose samfeat")
     if weights is not None:
         raise ValueError(f"method {name} takes no weights, got {weights}: leave them out, or choose samfeat")
     return _opencv(name, max_keypoints or OPENCV_KEYPOINTS)
 
 
-def _samfeat(weights: Path, max_keypoints: int | None, device: str) -> Method:
+def _samfeat(weights: Path, device: str, options: Mapping[str, Any]) -> Method:
     import torch
 
     from samfeat.student.extractor import SAMFeat
@@ -101,8 +112,7 @@ def _samfeat(weights: Path, max_keypoints: int | None, device: str) -> Method:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device {device!r}: no GPU is usable here, choose cpu or auto")
-    overrides = {} if max_keypoints is None else {"max_keypoints": max_keypoints}
-    extractor = SAMFeat.from_pretrained(weights, **overrides).to(device)
+    extractor = SAMFeat.from_pretrained(weights, **options).to(device)
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
     config = {"method": "samfeat", "weights_sha256": digest, **asdict(extractor.extraction)}
 

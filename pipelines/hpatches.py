@@ -190,7 +190,7 @@ def evaluate_hpatches(
     paths = {f"{s.name}/{path.name}": path for s in sequences for path in s.images.values()}
     dataset = {
         "pairs": {s.name: len(s.homographies) for s in sequences},
-        "homographies_sha256": _homographies_sha256(sequences),
+        "homographies_sha256": homographies_sha256(sequences),
     }
     collect_results(output, dataset, replacing=name)
     store = Path(output) / name / "features.h5"
@@ -248,7 +248,8 @@ def _summary(errors: Sequence[np.ndarray], subsets: Sequence[str | None]) -> dic
     return summary
 
 
-def _homographies_sha256(sequences: Sequence[PlanarSequence]) -> str:
+def homographies_sha256(sequences: Sequence[PlanarSequence]) -> str:
+    """Hex digest of the names and homographies of sequences: what results on the same data share."""
     digest = hashlib.sha256()
     for sequence in sequences:
         for number, homography in sequence.homographies.items():

@@ -28,8 +28,10 @@ console = Console(highlight=False)
 
 
 @contextmanager
-def progress_bar(title: str, *, bytes_: bool = False, rate: str = "") -> Iterator[Callable[[int, int], None]]:
+def progress_bar(title: str, *, bytes_: bool = False, rate: str = "") -> Iterator[Callable[[float, int], None]]:
     """A progress bar with an ETA, as a function of (done, total); it appears with the first call.
+
+    Parts of a unit count, such as 2.5 of 10 runs.
 
     Args:
         title: what is going on.
@@ -50,7 +52,7 @@ def progress_bar(title: str, *, bytes_: bool = False, rate: str = "") -> Iterato
     ) as progress:
         task: TaskID | None = None
 
-        def update(done: int, total: int) -> None:
+        def update(done: float, total: int) -> None:
             nonlocal task
             if task is None:
                 task = progress.add_task(title, total=total)

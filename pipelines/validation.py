@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -115,11 +115,16 @@ class Validation:
         viewed = np.linspace(0, len(picked) - 1, min(VIEWED, len(picked))).round().astype(int).tolist()
         self.viewed = {pair: _Source.of(stores[picked[pair][0]], picked[pair][1]) for pair in viewed}
 
-    def run(self, network: SAMFeatNetwork, config: Config) -> Outcome:
-        """Judge a student by its ``max_keypoints`` best keypoints, however unsure of them it still is."""
-        student = SAMFeat(
-            config.network_preset, network=network, max_keypoints=config.run.max_keypoints, detection_threshold=0.0
-        )
+    def run(self, network: SAMFeatNetwork, config: Config, **options: Any) -> Outcome:
+        """Judge a student by its ``max_keypoints`` best keypoints, however unsure of them it still is.
+
+        Args:
+            network: the student.
+            config: of its run.
+            **options: other extraction options that differ from the preset's.
+        """
+        chosen = {"max_keypoints": config.run.max_keypoints, "detection_threshold": 0.0} | options
+        student = SAMFeat(config.network_preset, network=network, **chosen)
         errors, keypoints, views = [], [], []
         for pair, (left, right, homography) in enumerate(zip(self.left, self.right, self.homographies.numpy())):
             features = student.extract(left), student.extract(right)

@@ -20,7 +20,7 @@ from toys import toy_store
 from samfeat import cli
 from samfeat.student.extractor import SAMFeat
 
-VERBS = ("sample", "teacher-cache", "inspect-cache", "train", "extract", "match", "evaluate")
+VERBS = ("sample", "teacher-cache", "inspect-cache", "train", "ablate", "extract", "match", "evaluate")
 
 
 @pytest.fixture
@@ -180,6 +180,9 @@ def test_missing_and_empty_folders(fails, tmp_path):
     assert "holds no store" in fails("inspect-cache", "empty")
     assert "nowhere" in fails("extract", "nowhere", "out.h5", "--method", "sift")
     assert "nowhere.png" in fails("match", "nowhere.png", "nowhere.png", "--method", "sift")
+    assert "nowhere" in fails("ablate", "V", "--cache", "nowhere")
+    assert "nowhere" in fails("ablate", "V", "--cache", "empty", "--data", "nowhere")
+    assert "unknown table 'XI': there are IV, V" in fails("ablate", "XI", "--cache", "empty")
     assert "nowhere" in fails("evaluate", "hpatches", "--data", "nowhere", "--method", "sift")
     assert "unknown evaluation 'aachen'" in fails("evaluate", "aachen", "--data", "empty", "--method", "sift")
 
