@@ -292,14 +292,15 @@ def count_dense_points(path: str | Path, images: str | Path) -> int | None:
 
 def posed_cameras(model: pycolmap.Reconstruction) -> dict[str, PosedCamera]:
     """The registered cameras of a model by image name, in alphabetical order, without their distortion."""
-    cameras = {}
-    for image in sorted(model.images.values(), key=lambda image: image.name):
-        if image.has_pose:
-            camera = model.cameras[image.camera_id]
-            matrix = camera.calibration_matrix()
-            matrix[:2, 2] -= PIXEL_CENTRE
-            cameras[image.name] = PosedCamera(matrix, (camera.height, camera.width), camera_pose(image))
-    return cameras
+    images = sorted((image for image in model.images.values() if image.has_pose), key=lambda image: image.name)
+    return {image.name: posed_camera(model.cameras[image.camera_id], camera_pose(image)) for image in images}
+
+
+def posed_camera(camera: pycolmap.Camera, pose: Pose) -> PosedCamera:
+    """A camera of COLMAP at a pose, without its distortion."""
+    matrix = camera.calibration_matrix()
+    matrix[:2, 2] -= PIXEL_CENTRE
+    return PosedCamera(matrix, (camera.height, camera.width), pose)
 
 
 def points_and_colors(model: pycolmap.Reconstruction) -> tuple[np.ndarray, np.ndarray]:

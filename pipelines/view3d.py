@@ -104,10 +104,10 @@ def write_preview(path: str | Path, view: View) -> Path:
         order = np.argsort(stage.points @ depth)  # the nearest are drawn last
         x, y = stage.points[order] @ across, stage.points[order] @ up
         axes.scatter(x, y, c=stage.colors[order] / 255, s=4 if len(x) < 20_000 else 1, linewidths=0)
-        for (label, cameras), color in zip(stage.frusta.items(), GROUP_COLORS):
+        for (label, cameras), color, width in zip(stage.frusta.items(), GROUP_COLORS, (2.4, 1.2, 0.6)):
             for number, frustum in enumerate(cameras.values()):
                 line = frustum[[0, 1, 2, 0, 3, 4, 0, 1, 4, 3, 2]]
-                axes.plot(line @ across, line @ up, color=color, linewidth=0.9, label=label if number == 0 else None)
+                axes.plot(line @ across, line @ up, color=color, linewidth=width, label=label if number == 0 else None)
         axes.set(aspect="equal", xlim=_span(x, corners @ across), ylim=_span(y, corners @ up))
         axes.set_title(title, color=LIGHT)
         axes.set_axis_off()
@@ -120,7 +120,7 @@ def write_preview(path: str | Path, view: View) -> Path:
 
 def _span(points: np.ndarray, corners: np.ndarray) -> tuple[float, float]:
     """From the first to the last, without the outermost points, with a margin."""
-    ends = np.concatenate([np.quantile(points, (0.02, 0.98)) if len(points) else [], corners])
+    ends = np.concatenate([np.quantile(points, (0.05, 0.95)) if len(points) else [], corners])
     margin = 0.08 * max(np.ptp(ends), 1e-9)
     return float(ends.min() - margin), float(ends.max() + margin)
 
