@@ -23,6 +23,7 @@ MOST_POINTS = 200_000  # 9 bytes each, 12 in base64: the page stays below 3 MB
 REACH = 6.0  # points further from the middle than this many radii are left out
 FRUSTUM = 0.12  # depth of a drawn camera in radii
 DARK, LIGHT = "#15181c", "#e8eaed"
+LINE_WIDTHS = (2.4, 1.2, 0.6)  # groups that agree are seen one inside the other
 GROUP_COLORS = ("#ff9f40", "#58d68d", "#5dade2")
 
 
@@ -66,18 +67,18 @@ def write_view(path: str | Path, view: View) -> Path:
         {
             "label": label,
             "color": color,
+            "width": width,
             "names": list(cameras),
             "lines": _base64(np.array([*cameras.values()], "<f4")),
         }
-        for (label, cameras), color in zip(stage.frusta.items(), GROUP_COLORS)
+        for (label, cameras), color, width in zip(stage.frusta.items(), GROUP_COLORS, LINE_WIDTHS)
     ]
     data = {
         "reach": REACH,
         "points": _base64(quantised),
         "colors": _base64(stage.colors[chosen]),
         "groups": groups,
-        "yaw": float(np.arctan2(stage.eye[0], stage.eye[2])),
-        "pitch": float(np.arctan2(stage.eye[1], np.hypot(stage.eye[0], stage.eye[2]))),
+        **_first_look(stage),
     }
     text = json.dumps(data).replace("<", "\\u003c")
     page = _PAGE.replace("@TITLE@", html.escape(view.title)).replace("@DATA@", text)
@@ -104,7 +105,7 @@ def write_preview(path: str | Path, view: View) -> Path:
         order = np.argsort(stage.points @ depth)  # the nearest are drawn last
         x, y = stage.points[order] @ across, stage.points[order] @ up
         axes.scatter(x, y, c=stage.colors[order] / 255, s=4 if len(x) < 20_000 else 1, linewidths=0)
-        for (label, cameras), color, width in zip(stage.frusta.items(), GROUP_COLORS, (2.4, 1.2, 0.6)):
+        for (label, cameras), color, width in zip(stage.frusta.items(), GROUP_COLORS, LINE_WIDTHS):
             for number, frustum in enumerate(cameras.values()):
                 line = frustum[[0, 1, 2, 0, 3, 4, 0, 1, 4, 3, 2]]
                 axes.plot(line @ across, line @ up, color=color, linewidth=width, label=label if number == 0 else None)
@@ -116,6 +117,17 @@ def write_preview(path: str | Path, view: View) -> Path:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return write_bytes(path, buffer.getvalue())
+
+
+def _first_look(stage: _Stage) -> dict[str, float]:
+    """Behind the cameras and a little above them; angles in radians."""
+    far = [float(np.linalg.norm(corners[0])) for group in stage.frusta.values() for corners in group.values()]
+    pitch = np.arctan2(stage.eye[1], np.hypot(stage.eye[0], stage.eye[2])) + 0.25
+    return {
+        "yaw": float(np.arctan2(stage.eye[0], stage.eye[2])),
+        "pitch": float(np.clip(pitch, -1.2, 1.2)),
+        "distance": float(np.clip(1.4 * np.quantile(far, 0.9) if far else 0.0, 2.8, 12.0)),
+    }
 
 
 def _span(points: np.ndarray, corners: np.ndarray) -> tuple[float, float]:
@@ -200,7 +212,7 @@ const groups = data.groups.map(g => ({ ...g, lines: new Float32Array(bytes(g.lin
 const canvas = document.getElementById("canvas"), context = canvas.getContext("2d");
 const EDGES = [[0, 1], [0, 2], [0, 3], [0, 4], [1, 2], [2, 3], [3, 4], [4, 1]];
 const clamp = (value, low, high) => Math.max(low, Math.min(high, value));
-const start = () => ({ yaw: data.yaw, pitch: clamp(data.pitch, -1.2, 1.2), distance: 3.2, target: [0, 0, 0] });
+const start = () => ({ yaw: data.yaw, pitch: data.pitch, distance: data.distance, target: [0, 0, 0] });
 let view = start(), image, pixels, depths, waiting = false, touched = false, hovered = null;
 
 function axes() {  // right, up and backward of the viewer, in the world
@@ -240,7 +252,7 @@ function draw() {
     project(points[j], points[j + 1], points[j + 2], out);
     const depth = out[2];
     if (!(depth > 0.02)) continue;
-    const size = clamp(Math.round(grain * 2.6 / depth), 1, 7);
+    const size = clamp(Math.round(grain * 5 / depth), 1, 9);
     const left = Math.round(out[0] - size / 2), top = Math.round(out[1] - size / 2);
     if (left + size <= 0 || top + size <= 0 || left >= width || top >= height) continue;
     const color = 0xff000000 | colors[j + 2] << 16 | colors[j + 1] << 8 | colors[j];
@@ -261,7 +273,7 @@ function draw() {
 
 function drawCameras(group, project) {
   context.strokeStyle = group.color;
-  context.lineWidth = Math.max(1, canvas.height / 700);
+  context.lineWidth = Math.max(1, canvas.height / 600) * group.width;
   context.beginPath();
   for (let c = 0; c < group.names.length; c++) {
     const corners = [];
