@@ -218,7 +218,7 @@ def map_database(
             shutil.rmtree(leftover)
         best = max(models.values(), key=_model_size, default=pycolmap.Reconstruction())
         best.write(partial)
-    return best
+    return pycolmap.Reconstruction(output)  # as another run will read it, in the same order
 
 
 def _model_size(model: pycolmap.Reconstruction) -> tuple[int, int]:
@@ -251,7 +251,8 @@ def triangulate_database(
         posed = pycolmap.Image(name=name, camera_id=image.camera_id, image_id=image.image_id)
         model.add_image_with_trivial_frame(posed, rigid(pose))
     with quiet(), _appearing(output) as partial:
-        return pycolmap.triangulate_points(model, path, images, partial, options=_pipeline_options(1))
+        pycolmap.triangulate_points(model, path, images, partial, options=_pipeline_options(1))
+    return pycolmap.Reconstruction(output)
 
 
 def count_verified(path: str | Path) -> int:
@@ -274,18 +275,16 @@ def count_dense_points(path: str | Path, images: str | Path) -> int | None:
     sparse, dense = (Path(path).with_name(name) for name in ("sparse", "dense"))
     if pycolmap.Reconstruction(sparse).num_reg_images() == 0:
         return 0
-    cloud = pycolmap.Reconstruction()
     if not dense.exists():
-        undistortion, stereo, fusion = (
-            pycolmap.UndistortCameraOptions(),
-            pycolmap.PatchMatchOptions(),
-            pycolmap.StereoFusionOptions(),
-        )
-        undistortion.max_image_size, stereo.geom_consistency, fusion.min_num_pixels = 1200, False, 5
+        undistortion = pycolmap.UndistortCameraOptions(max_image_size=1200)
+        stereo = pycolmap.PatchMatchOptions(geom_consistency=False)
+        fusion = pycolmap.StereoFusionOptions(min_num_pixels=5)
         with quiet(), _appearing(dense) as partial:
             pycolmap.undistort_images(partial, sparse, images, undistort_options=undistortion)
             pycolmap.patch_match_stereo(partial, options=stereo)
-            pycolmap.stereo_fusion(partial / "fused.ply", partial, input_type="photometric", options=fusion)
+            ply = partial / "fused.ply"
+            pycolmap.stereo_fusion(ply, partial, input_type="photometric", options=fusion, output_type="ply")
+    cloud = pycolmap.Reconstruction()
     cloud.import_PLY(dense / "fused.ply")
     return cloud.num_points3D()
 

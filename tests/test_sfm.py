@@ -195,9 +195,37 @@ def test_a_camera_is_guessed_as_colmap_does(place):
     assert (turned.width, turned.height, *turned.params) == (480, 640, 1.2 * 640, 240, 320, 0)
 
 
-def test_dense_points_are_counted_from_the_fused_cloud(place, monkeypatch):
-    """The depth maps, which need CUDA, are those of the true plane-free scene: COLMAP's own fusion counts them."""
-    root, *_ = place
-    if pycolmap.has_cuda:
-        pytest.skip("for COLMAP without CUDA")
-    assert count_dense_points(root / "work" / "database.db", root / "images") is None
+def test_dense_points_are_those_of_colmaps_fusion(place, monkeypatch):
+    """Depth maps, which need CUDA, are written by the test: the plane z = 0, which COLMAP's own fusion then fuses."""
+    root, posed, features = place
+    database = build(place)
+    match_database(database, features.__getitem__, pairs_of(posed))
+    lenses = {name: pinhole(camera) for name, camera in posed.items()}
+    model = triangulate_database(database, root / "images", lenses, {name: c.pose for name, c in posed.items()})
+    (root / "work" / "map").rename(root / "work" / "sparse")
+    monkeypatch.setattr(pycolmap, "has_cuda", False)
+    assert count_dense_points(database, root / "images") is None
+
+    def plane(workspace, options):
+        undistorted = pycolmap.Reconstruction(workspace / "sparse")
+        for image in undistorted.images.values():
+            camera, pose = undistorted.cameras[image.camera_id], image.cam_from_world().matrix()
+            columns, rows = np.meshgrid(np.arange(camera.width) + 0.5, np.arange(camera.height) + 0.5)
+            rays = np.stack([columns, rows, np.ones_like(rows)], -1) @ np.linalg.inv(camera.calibration_matrix()).T
+            normal = pose[:, 2]  # of z = 0, in the camera
+            depths = (normal @ pose[:, 3]) / (rays @ normal)
+            away = np.broadcast_to(normal if normal[2] < 0 else -normal, rays.shape)
+            folder, name = workspace / "stereo", f"{image.name}.photometric.bin"
+            pycolmap.DepthMap.from_array(depths.astype(np.float32), 1, 100).write(folder / "depth_maps" / name)
+            pycolmap.NormalMap.from_array(away.astype(np.float32)).write(folder / "normal_maps" / name)
+
+    monkeypatch.setattr(pycolmap, "has_cuda", True)
+    monkeypatch.setattr(pycolmap, "patch_match_stereo", plane)
+    count = count_dense_points(database, root / "images")
+    cloud = pycolmap.Reconstruction()
+    cloud.import_PLY(root / "work" / "dense" / "fused.ply")
+    assert count == cloud.num_points3D() > 1000
+    assert np.abs(points_and_colors(cloud)[0][:, 2]).max() < 0.05
+    monkeypatch.setattr(pycolmap, "patch_match_stereo", None)
+    assert count_dense_points(database, root / "images") == count
+    assert model.num_reg_images() == 5
