@@ -99,7 +99,7 @@ def _nearest_rotation(matrix: np.ndarray) -> np.ndarray:
 
 def rotation_angle(first: np.ndarray, second: np.ndarray) -> float:
     """Angle in degrees between two rotations [3, 3]; exact for small ones too, where the arc cosine is not."""
-    chord = np.linalg.norm(np.asarray(first) - np.asarray(second)) / np.sqrt(8)
+    chord = float(np.linalg.norm(np.asarray(first) - np.asarray(second))) / np.sqrt(8)
     return float(np.degrees(2 * np.arcsin(min(chord, 1.0))))
 
 
@@ -164,7 +164,7 @@ def relative_pose_errors(estimated: Mapping[str, Pose], truth: Mapping[str, Pose
         if first in estimated and second in estimated:
             rotation, direction = _relative(estimated[first], estimated[second])
             true_rotation, true_direction = _relative(truth[first], truth[second])
-            chord = np.linalg.norm(direction - true_direction) / 2
+            chord = float(np.linalg.norm(direction - true_direction)) / 2
             turned = np.degrees(2 * np.arcsin(min(chord, 1.0)))
             errors.append(max(rotation_angle(rotation, true_rotation), turned))
         else:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pycolmap
@@ -38,6 +38,20 @@ from samfeat.pipelines.sfm import (
 from samfeat.pipelines.view3d import View, write_preview, write_view
 
 REPROJECTION = 12.0  # pixels: RANSAC's threshold, as in hloc's pipeline
+
+
+class Localized(NamedTuple):
+    """What became of a query.
+
+    Attributes:
+        pose: where it was taken; None where that cannot be told.
+        inliers: 2D-3D matches that agree with the pose.
+        matches: 2D-3D matches in all.
+    """
+
+    pose: Pose | None
+    inliers: int
+    matches: int
 
 
 def evaluate_localize(
@@ -166,7 +180,7 @@ def _localize(
             found[query] = localize_image(opened, model, query, retrieved.get(query, []), camera)
             if progress:
                 progress(first + len(scene.query_pairs) + number, 0)
-    located = {query: pose for query, (pose, _, _) in found.items() if pose is not None}
+    located = {query: answer.pose for query, answer in found.items() if answer.pose is not None}
     write_poses(folder / scene.poses_file.format(name=name), located)
     _show(scene, model, located, folder, f"{scene.name}, {name}: {len(located)} of {len(found)} queries localised")
     results: dict[str, Any] = {
@@ -175,7 +189,7 @@ def _localize(
         "points": model.num_points3D(),
     }
     entries: dict[str, dict[str, Any]] = {
-        query: {"inliers": inliers, "matches": matches} for query, (_, inliers, matches) in found.items()
+        query: {"inliers": answer.inliers, "matches": answer.matches} for query, answer in found.items()
     }
     if scene.truth is not None:
         results["thresholds"] = [list(pair) for pair in scene.thresholds]
@@ -212,8 +226,8 @@ def localize_image(
     query: str,
     retrieved: Sequence[str],
     camera: pycolmap.Camera,
-) -> tuple[Pose | None, int, int]:
-    """Pose of a query from its matches in a database with triangulated images.
+) -> Localized:
+    """Localises a query by its matches in a database with triangulated images.
 
     Args:
         database: holds the matches of the query with the retrieved images.
@@ -222,10 +236,13 @@ def localize_image(
         retrieved: names of database images; those that are not in the map are passed over.
         camera: of the query.
 
-    Returns:
-        pose (None where there is none), inliers and 2D-3D matches it was found from.
+    Raises:
+        KeyError: the database does not hold the query.
     """
-    number = database.read_image_with_name(query).image_id
+    stored = database.read_image_with_name(query)
+    if stored is None:
+        raise KeyError(query)
+    number = stored.image_id
     seen: dict[tuple[int, int], None] = {}  # (keypoint, point), each once, in order
     for name in retrieved:
         image = model.find_image_with_name(name)
@@ -236,7 +253,7 @@ def localize_image(
             if points[other] is not None:
                 seen[keypoint, points[other]] = None
     if len(seen) < 4:
-        return None, 0, len(seen)
+        return Localized(None, 0, len(seen))
     keypoints = database.read_keypoints(number)[:, :2].astype(np.float64)
     options = pycolmap.AbsolutePoseEstimationOptions()
     options.ransac.max_error, options.ransac.random_seed = REPROJECTION, SEED
@@ -248,9 +265,9 @@ def localize_image(
             options,
         )
     if answer is None:
-        return None, 0, len(seen)
+        return Localized(None, 0, len(seen))
     matrix = answer["cam_from_world"].matrix()
-    return Pose(matrix[:, :3], matrix[:, 3]), int(answer["num_inliers"]), len(seen)
+    return Localized(Pose(matrix[:, :3], matrix[:, 3]), int(answer["num_inliers"]), len(seen))
 
 
 def write_poses(path: str | Path, poses: Mapping[str, Pose]) -> Path:
@@ -305,7 +322,8 @@ def _show(
 def write_comparison(output: str | Path, dataset: Mapping[str, Any]) -> None:
     """Writes ``table.md`` and ``localization.png`` of all methods in an evaluation folder."""
     found = collect_results(output, dataset)
-    rows, panels = [], {title: {} for title in ("localised", "inliers", "fine", "medium", "coarse")}
+    rows: list[list[str]] = []
+    panels: dict[str, dict[str, dict[str, float | None]]] = {}
     for scene in dataset:
         for results in found:
             facts = results["scenes"][scene]
@@ -321,8 +339,8 @@ def write_comparison(output: str | Path, dataset: Mapping[str, Any]) -> None:
                 rows.append([scene, subset, results["name"], points, localized, inliers, *shares, *errors])
                 group = scene if subset == "all" else f"{scene}, {subset}"
                 values = [queries["localized"] / queries["images"], queries["inliers"], *(recall or [None] * 3)]
-                for panel, value in zip(panels.values(), values, strict=True):
-                    panel.setdefault(group, {})[results["name"]] = value
+                for title, value in zip(("localised", "inliers", "fine", "medium", "coarse"), values, strict=True):
+                    panels.setdefault(title, {}).setdefault(group, {})[results["name"]] = value
     header = ["scene", "queries", "method", "map points", "localised", "median inliers", "fine [%]", "medium [%]"]
     header += ["coarse [%]", "median centre error", "median rotation error [deg]"]
     write_table(Path(output) / "table.md", header, rows)

@@ -330,9 +330,9 @@ def _appearing(output: Path) -> Iterator[Path]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """COLMAP reports errors only."""
+    """COLMAP keeps its messages to itself; what it cannot do it raises, and that nothing can be mapped is a result."""
     before = pycolmap.logging.minloglevel
-    pycolmap.logging.minloglevel = pycolmap.logging.ERROR.value
+    pycolmap.logging.minloglevel = pycolmap.logging.FATAL.value
     try:
         yield
     finally:

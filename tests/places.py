@@ -99,3 +99,69 @@ def write_place(folder: Path, count: int = 8, **kwargs) -> tuple[dict[str, Posed
     greys = write_photographs(folder / "images", list(posed))
     write_cameras(folder, posed)
     return posed, {greys[name]: features_of(posed[name], seed=greys[name], **kwargs) for name in posed}
+
+
+def aachen_lens(number: int) -> pycolmap.Camera:
+    """A camera with distortion, as Aachen's have."""
+    params = [600.0 + number, 320.0, 240.0, 0.03]
+    return pycolmap.Camera(
+        model="SIMPLE_RADIAL", width=SIZE[1], height=SIZE[0], params=params, has_prior_focal_length=True
+    )
+
+
+def write_aachen(folder: Path, *, nvm: bool = False) -> tuple[dict[str, PosedCamera], dict[int, Features]]:
+    """Aachen Day-Night v1.1 in small: 6 database images, a day and two night queries; true cameras, features by grey.
+
+    Args:
+        folder: to write.
+        nvm: VisualSFM's model and the list of intrinsics in place of COLMAP's model.
+    """
+    names = [f"db/{k}.jpg" for k in range(4)] + ["sequences/gopro3/0001.png", "sequences/gopro3/0002.png"]
+    queries = ["query/day/milestone/2010.jpg", "query/night/nexus5x/IMG_1.jpg"]
+    queries.append("query/night/nexus5x_additional_night/IMG_2.jpg")
+    posed = dict(zip([*names, *queries], cameras(9).values(), strict=True))
+    lenses = {name: aachen_lens(k) for k, name in enumerate(posed)}
+    greys = write_photographs(folder / "images_upright", list(posed))
+    features = {greys[n]: features_of(posed[n], lens=lenses[n], seed=greys[n]) for n in posed}
+
+    def intrinsics(name: str) -> str:
+        return " ".join([name, "SIMPLE_RADIAL", "640", "480", *map(str, lenses[name].params)]) + "\n"
+
+    (folder / "queries").mkdir()
+    (folder / "queries" / "day_time_queries_with_intrinsics.txt").write_text(intrinsics(queries[0]))
+    (folder / "queries" / "night_time_queries_with_intrinsics.txt").write_text("".join(map(intrinsics, queries[1:])))
+    model = folder / "3D-models" / "aachen_v_1_1"
+    model.mkdir(parents=True)
+    if nvm:
+        lines = ["NVM_V3 ", "", str(len(names))]
+        for name in names:
+            x, y, z, w = pycolmap.Rotation3d(posed[name].pose.rotation).quat
+            values = (600, w, x, y, z, *posed[name].pose.centre, 0.03, 0)
+            lines.append(" ".join([name, *map(repr, map(float, values))]))
+        (model / "aachen_v_1_1.nvm").write_text("\n".join([*lines, "", "0", ""]))
+        (model / "database_intrinsics_v1_1.txt").write_text("".join(map(intrinsics, names)))
+    else:
+        write_model(model, {name: (lenses[name], posed[name]) for name in names})
+    pairs = [(query, name) for query in queries for name in names[:5]]
+    (folder / "pairs-query-netvlad50.txt").write_text("".join(f"{a} {b}\n" for a, b in pairs))
+    return posed, features
+
+
+def write_model(folder: Path, posed: dict[str, tuple[pycolmap.Camera, PosedCamera]]) -> None:
+    """COLMAP's model of posed cameras; the k-th of 30 points is seen by images k % N, k % N + 1 and k % N + 2."""
+    model = pycolmap.Reconstruction()
+    for number, (name, (lens, camera)) in enumerate(posed.items(), start=1):
+        lens = pycolmap.Camera(lens.todict())
+        lens.camera_id = number
+        model.add_camera_with_trivial_rig(lens)
+        local = POINTS[:30] @ camera.pose.rotation.T + camera.pose.translation
+        pixels = np.array([lens.img_from_cam(point) for point in local])
+        image = pycolmap.Image(name=name, keypoints=pixels, camera_id=number, image_id=number)
+        rigid = pycolmap.Rigid3d(pycolmap.Rotation3d(camera.pose.rotation), camera.pose.translation)
+        model.add_image_with_trivial_frame(image, rigid)
+    for k, point in enumerate(POINTS[:30]):
+        first = k % len(posed)
+        seen = [number for number in (first, first + 1, first + 2) if number < len(posed)]
+        track = pycolmap.Track([pycolmap.TrackElement(number + 1, k) for number in seen])
+        model.add_point3D(point, track, np.zeros(3, np.uint8))
+    model.write(folder)

@@ -136,6 +136,7 @@ evaluate_reconstruct(folder / "place", folder / "out", method=lookup(features)[0
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_results(tmp_path):
     _, features = write_place(tmp_path / "place", 5)
     method, asked = lookup(features)
