@@ -27,7 +27,7 @@ from samfeat.pipelines.sfm import (
     SEED,
     create_database,
     digest,
-    feature_digests,
+    image_digests,
     match_database,
     points_and_colors,
     posed_camera,
@@ -99,15 +99,14 @@ def evaluate_localize(
     collect_results(output, dataset, replacing=name)
     settings = {"ratio": ratio, "reprojection": REPROJECTION, "seed": SEED, "colmap": pycolmap.__version__}
     own = Path(output) / name
-    store = own / "features.h5"
     paths = {f"{scene.name}/{image}": scene.folder / image for scene in scenes for image in scene.names}
     total = len(paths) + sum(_steps(scene) for scene in scenes)
 
     def step(first: int) -> Progress | None:
         return progress and (lambda done, _: progress(first + done, total))
 
-    features = predict(paths, store, method=method, overwrite=overwrite, progress=step(0))
-    digests = feature_digests(store, list(paths))
+    features = predict(paths, own / "features.h5", method=method, overwrite=overwrite, progress=step(0))
+    digests = image_digests(paths)
     done, results_by_scene = len(paths), {}
     for scene in scenes:
         config = {

@@ -34,8 +34,8 @@ from samfeat.pipelines.sfm import (
     count_verified,
     create_database,
     digest,
-    feature_digests,
     guess_camera,
+    image_digests,
     map_database,
     match_database,
     pinhole,
@@ -170,9 +170,8 @@ def evaluate_reconstruct(
 
     own = Path(output) / name
     paths = {f"{scene.name}/{image}": path for scene in collections for image, path in scene.images.items()}
-    store = own / "features.h5"
-    features = predict(paths, store, method=method, overwrite=overwrite, progress=step(0))
-    digests = feature_digests(store, list(paths))
+    features = predict(paths, own / "features.h5", method=method, overwrite=overwrite, progress=step(0))
+    digests = image_digests(paths)
     done, scenes = count, {}
     for scene in collections:
         config = {

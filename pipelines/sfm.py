@@ -15,7 +15,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import pycolmap
 
@@ -68,10 +67,9 @@ def rigid(pose: Pose) -> pycolmap.Rigid3d:
     return pycolmap.Rigid3d(pycolmap.Rotation3d(pose.rotation), pose.translation)
 
 
-def feature_digests(store: str | Path, names: Sequence[str]) -> dict[str, str]:
-    """SHA-256 by name of the images that stored features were computed from."""
-    with h5py.File(store, "r") as file:
-        return {name: str(file[name].attrs["sha256"]) for name in names}
+def image_digests(paths: Mapping[str, Path]) -> dict[str, str]:
+    """SHA-256 of image files by name."""
+    return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in paths.items()}
 
 
 def create_database(
