@@ -215,7 +215,7 @@ def bar_figure(path: str | Path, panels: Mapping[str, Mapping[str, Mapping[str, 
     for axis in plots[len(shown) :]:
         axis.remove()
     if shown:
-        plots[0].legend(fontsize=8)
+        figure.legend(*plots[0].get_legend_handles_labels(), loc="outside upper center", ncols=8, fontsize=9)
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=130)
     return write_bytes(path, data.getvalue())
