@@ -103,8 +103,20 @@ def match_command(
 
 @features.command()
 def evaluate(
-    benchmark: Annotated[str, typer.Argument(help="hpatches: mean matching accuracy on image sequences.")],
-    data: Annotated[Path, typer.Option(help="Folder of sequences: <name>/1..6.ppm|png|jpg with H_1_2..H_1_6.")],
+    benchmark: Annotated[
+        str,
+        typer.Argument(
+            help="hpatches: mean matching accuracy on image sequences. reconstruct: structure from motion of photo "
+            "collections. localize: poses of query photographs (Aachen v1.1, or any posed photographs)."
+        ),
+    ],
+    data: Annotated[
+        Path,
+        typer.Option(
+            help="hpatches: folder of sequences, <name>/1..6.ppm|png|jpg with H_1_2..H_1_6. reconstruct: folder of "
+            "photographs, or of such folders. localize: Aachen's folder, or photographs with cameras.json."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Folder for features, results.json, table and figure.")] = Path(
         "runs/hpatches"
     ),
@@ -116,12 +128,15 @@ def evaluate(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Predict again where the settings changed.")] = False,
 ) -> None:
     """Evaluate features. Predicts once, then evaluates from the stored features."""
-    if benchmark != "hpatches":
-        raise ValueError(f"unknown evaluation {benchmark!r}: there is hpatches")
+    if benchmark not in ("hpatches", "reconstruct", "localize"):
+        raise ValueError(f"unknown evaluation {benchmark!r}: there are hpatches, reconstruct and localize")
     must_exist(data, *([weights] if weights else []))
     from samfeat.pipelines.hpatches import evaluate_hpatches
 
     chosen = _method(method, weights, max_keypoints, device)
+    if benchmark != "hpatches":
+        _evaluate_scenes(benchmark, data, out, method=chosen, name=name, overwrite=overwrite)
+        return
     with progress_bar(f"{chosen.name} features") as bar:
         results = evaluate_hpatches(data, out, method=chosen, name=name, overwrite=overwrite, progress=bar)
     for subset, curve in results["mma"].items():
@@ -130,6 +145,25 @@ def evaluate(
             f"AUC@5 {results['auc5'][subset]:.3f}, {results['matches'][subset]:.0f} matches a pair"
         )
     console.print(f"{results['features']['mean']:.0f} features an image; tables and figure in [bold]{out}[/]")
+
+
+def _evaluate_scenes(benchmark: str, data: Path, out: Path, *, method: Any, name: str | None, overwrite: bool) -> None:
+    from samfeat.pipelines.localization import evaluate_localize
+    from samfeat.pipelines.reconstruction import evaluate_reconstruct
+
+    run = evaluate_reconstruct if benchmark == "reconstruct" else evaluate_localize
+    with progress_bar(f"{method.name} {benchmark}") as bar:
+        results = run(data, out, method=method, name=name, overwrite=overwrite, progress=bar)
+    for scene, facts in results["scenes"].items():
+        if benchmark == "reconstruct":
+            found = f"[bold]{facts['registered']}[/] of {facts['images']} images, {facts['points']} points"
+        else:
+            queries = facts["queries"]["all"]
+            found = (
+                f"[bold]{queries['localized']}[/] of {queries['images']} queries, {facts['points']} points in the map"
+            )
+        console.print(f"{results['name']}, {scene}: {found}, see {out / results['name'] / scene / 'view.html'}")
+    console.print(f"tables and figure in [bold]{out}[/]")
 
 
 def _method(name: Method, weights: Path | None, max_keypoints: int | None, device: Device) -> Any:

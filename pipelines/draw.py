@@ -208,6 +208,44 @@ def mma_figure(path: str | Path, curves: Mapping[str, Mapping[str, Sequence[floa
     return write_bytes(path, data.getvalue())
 
 
+def bar_figure(path: str | Path, panels: Mapping[str, Mapping[str, Mapping[str, float | None]]]) -> Path:
+    """Bars: one plot for every quantity, in it one group for every scene with one bar for every method.
+
+    Args:
+        path: PNG to write.
+        panels: values by quantity, scene and method; None has no bar, nor has a quantity that nobody has a plot.
+    """
+    import io
+
+    from matplotlib.figure import Figure
+
+    def known(scenes: Mapping[str, Mapping[str, float | None]]) -> bool:
+        return any(value is not None for values in scenes.values() for value in values.values())
+
+    shown = {title: scenes for title, scenes in panels.items() if known(scenes)}
+    methods = list(dict.fromkeys(m for scenes in shown.values() for values in scenes.values() for m in values))
+    columns = max(1, min(3, len(shown)))
+    rows = max(1, -(-len(shown) // columns))
+    figure = Figure(figsize=(1 + 4.2 * columns, 0.6 + 2.9 * rows), layout="constrained")
+    plots = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis, (title, scenes) in zip(plots, shown.items()):
+        width = 0.8 / len(methods)
+        for number, method in enumerate(methods):
+            places = [k + (number - (len(methods) - 1) / 2) * width for k in range(len(scenes))]
+            heights = [values.get(method) or 0.0 for values in scenes.values()]
+            axis.bar(places, heights, width, label=method, color=f"C{number}")
+        axis.set(title=title, xticks=range(len(scenes)), xticklabels=list(scenes))
+        axis.tick_params(axis="x", labelsize=8)
+        axis.grid(axis="y", alpha=0.35)
+    for axis in plots[len(shown) :]:
+        axis.remove()
+    if shown:
+        figure.legend(*plots[0].get_legend_handles_labels(), loc="outside upper center", ncols=8, fontsize=9)
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=130)
+    return write_bytes(path, data.getvalue())
+
+
 def _fixed(points: np.ndarray) -> list[tuple[int, int]]:
     fixed = np.clip(np.asarray(points, float).reshape(-1, 2), -1e5, 1e5) * 2**_SHIFT
     return [(int(x), int(y)) for x, y in fixed.round()]

@@ -1,0 +1,187 @@
+"""Cameras with known poses, and how far estimated poses are from them.
+
+A pose takes world to camera: ``x_camera = rotation @ x_world + translation``, z forward, x right, y down.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+CAMERA_FILES = "cameras*.json"
+
+
+class Pose(NamedTuple):
+    """Where a camera is.
+
+    Attributes:
+        rotation: float64 [3, 3], world to camera.
+        translation: float64 [3].
+    """
+
+    rotation: np.ndarray
+    translation: np.ndarray
+
+    @property
+    def centre(self) -> np.ndarray:
+        """float64 [3]: centre of projection in the world."""
+        return -self.rotation.T @ self.translation
+
+
+class PosedCamera(NamedTuple):
+    """A pinhole camera without distortion.
+
+    Attributes:
+        matrix: float64 [3, 3], calibration in pixels, (0, 0) being the centre of the top-left pixel; no skew.
+        size: (height, width).
+        pose: where it is.
+    """
+
+    matrix: np.ndarray
+    size: tuple[int, int]
+    pose: Pose
+
+
+class PoseErrors(NamedTuple):
+    """How far cameras are from the truth.
+
+    Attributes:
+        centres: float64 [N], distances in units of the truth.
+        rotations: float64 [N], angles in degrees.
+    """
+
+    centres: np.ndarray
+    rotations: np.ndarray
+
+
+def read_cameras(folder: str | Path) -> dict[str, PosedCamera] | None:
+    """True cameras by image name from the ``cameras*.json`` of a folder; None where there is no such file.
+
+    The file holds by image name ``K`` [3, 3], ``R_w2c`` [3, 3], ``t_w2c`` [3] and ``size`` [width, height].
+
+    Raises:
+        ValueError: several such files, or not that content.
+    """
+    found = sorted(Path(folder).glob(CAMERA_FILES))
+    if not found:
+        return None
+    if len(found) > 1:
+        raise ValueError(f"{folder} holds {' and '.join(path.name for path in found)}: keep one file of cameras")
+    try:
+        return {name: _camera(values) for name, values in json.loads(found[0].read_text()).items()}
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{found[0]} does not hold cameras ({error}): write K, R_w2c, t_w2c and size (width, height) by image name"
+        ) from None
+
+
+def _camera(values: Mapping[str, Any]) -> PosedCamera:
+    matrix, rotation = (np.array(values[key], np.float64).reshape(3, 3) for key in ("K", "R_w2c"))
+    translation = np.array(values["t_w2c"], np.float64).reshape(3)
+    if abs(matrix[0, 1]) > 1e-6 * matrix[0, 0]:
+        raise ValueError(f"skew {matrix[0, 1]}, which must be 0")
+    if not np.allclose(rotation @ rotation.T, np.eye(3), atol=1e-3) or np.linalg.det(rotation) < 0:
+        raise ValueError("R_w2c is no rotation")
+    width, height = (int(side) for side in values["size"])
+    return PosedCamera(matrix, (height, width), Pose(_nearest_rotation(rotation), translation))
+
+
+def _nearest_rotation(matrix: np.ndarray) -> np.ndarray:
+    """Files round: what they hold is orthonormal to a few digits only."""
+    left, _, right = np.linalg.svd(matrix)
+    return left @ right
+
+
+def rotation_angle(first: np.ndarray, second: np.ndarray) -> float:
+    """Angle in degrees between two rotations [3, 3]; exact for small ones too, where the arc cosine is not."""
+    chord = float(np.linalg.norm(np.asarray(first) - np.asarray(second))) / np.sqrt(8)
+    return float(np.degrees(2 * np.arcsin(min(chord, 1.0))))
+
+
+def pose_errors(estimated: Sequence[Pose], truth: Sequence[Pose]) -> PoseErrors:
+    """Errors of poses given in the world of the truth, one by one."""
+    pairs = list(zip(estimated, truth, strict=True))
+    return PoseErrors(
+        np.array([np.linalg.norm(a.centre - b.centre) for a, b in pairs]),
+        np.array([rotation_angle(a.rotation, b.rotation) for a, b in pairs]),
+    )
+
+
+def aligned_errors(estimated: Sequence[Pose], truth: Sequence[Pose]) -> PoseErrors | None:
+    """Errors of poses given in a world of their own, as a reconstruction gives them; None where :func:`align` gives it.
+
+    Centres are measured after :func:`align`. Rotations are measured after the one rotation between the worlds that fits
+    the rotations best (mean in the chordal metric): the one that fits the centres is hardly determined about the line
+    that many cameras stand on.
+    """
+    from scipy.spatial.transform import Rotation
+
+    aligned = align(estimated, truth)
+    if aligned is None:
+        return None
+    turns = Rotation.from_matrix([b.rotation.T @ a.rotation for a, b in zip(estimated, truth, strict=True)])
+    turn = turns.mean().as_matrix()
+    angles = [rotation_angle(a.rotation, b.rotation @ turn) for a, b in zip(estimated, truth, strict=True)]
+    return PoseErrors(pose_errors(aligned, truth).centres, np.array(angles))
+
+
+def align(estimated: Sequence[Pose], truth: Sequence[Pose]) -> list[Pose] | None:
+    """Estimated poses in the world of the truth: by the similarity between the centres in least squares (Umeyama 1991).
+
+    All cameras count alike, so that a wrong one costs the others too. None where the centres (fewer than three, or on a
+    line) fix no similarity.
+    """
+    import pycolmap
+
+    if len(estimated) < 3:
+        return None
+    centres = np.array([pose.centre for pose in estimated])
+    spread = np.linalg.svd(centres - centres.mean(0), compute_uv=False)
+    similarity = pycolmap.estimate_sim3d(centres, np.array([pose.centre for pose in truth]))
+    if similarity is None or spread[1] < 1e-6 * spread[0]:
+        return None
+    turn, scale, shift = similarity.rotation.matrix(), similarity.scale, similarity.translation
+    aligned = []
+    for pose in estimated:
+        rotation = pose.rotation @ turn.T
+        aligned.append(Pose(rotation, -rotation @ (scale * turn @ pose.centre + shift)))
+    return aligned
+
+
+def relative_pose_errors(estimated: Mapping[str, Pose], truth: Mapping[str, Pose]) -> np.ndarray:
+    """float64 [N (N - 1) / 2]: error in degrees of the relative pose of every two cameras of the truth.
+
+    It is the larger of two angles, between the relative rotations and between the directions of the relative
+    translations; infinite where one of the cameras has no estimate. No alignment is needed.
+    """
+    errors = []
+    for first, second in combinations(truth, 2):
+        if first in estimated and second in estimated:
+            rotation, direction = _relative(estimated[first], estimated[second])
+            true_rotation, true_direction = _relative(truth[first], truth[second])
+            chord = float(np.linalg.norm(direction - true_direction)) / 2
+            turned = np.degrees(2 * np.arcsin(min(chord, 1.0)))
+            errors.append(max(rotation_angle(rotation, true_rotation), turned))
+        else:
+            errors.append(np.inf)
+    return np.array(errors)
+
+
+def _relative(first: Pose, second: Pose) -> tuple[np.ndarray, np.ndarray]:
+    rotation = second.rotation @ first.rotation.T
+    translation = second.translation - rotation @ first.translation
+    return rotation, translation / max(np.linalg.norm(translation), 1e-300)
+
+
+def error_auc(errors: np.ndarray, threshold: float) -> float:
+    """Area under the curve of recall over the error from 0 to ``threshold``, as a share in [0, 1].
+
+    The recall is a staircase, so that the area is the mean of ``1 - error / threshold`` where positive; no error at all
+    gives 0.
+    """
+    return float(np.clip(1 - np.asarray(errors, np.float64) / threshold, 0, 1).mean()) if len(errors) else 0.0
