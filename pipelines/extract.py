@@ -22,7 +22,9 @@ import numpy as np
 from samfeat.pipelines.files import write_bytes, write_json
 from samfeat.teacher_cache.images import IMAGE_SUFFIXES, read_image
 
-METHODS = ("samfeat", "sift", "orb")
+PEERS = ("aliked", "disk", "xfeat")
+METHODS = ("samfeat", "sift", "orb", *PEERS)
+FEATURE_FILES = (".h5", ".hdf5")
 FORMATS = ("hloc", "d2net")
 OPENCV_KEYPOINTS = 10_000
 
@@ -73,16 +75,20 @@ def load_method(
             product orders like the Hamming distance).
         weights: weights file of ``samfeat``; the other methods have none.
         max_keypoints: the best so many keypoints are kept. None leaves it to the weights file; 10,000 for the others.
-        device: where ``samfeat`` runs: ``cpu``, ``cuda``, or ``auto``, which takes a GPU where there is one.
+        device: where networks run: ``cpu``, ``cuda``, or ``auto``, which takes a GPU where there is one.
 
     Raises:
         ValueError: unknown name, weights missing, superfluous or damaged, or no keypoint allowed.
         FileNotFoundError: the weights do not exist.
     """
-    if name not in METHODS:
-        raise ValueError(f"unknown method {name!r}: choose one of {', '.join(METHODS)}")
+    if name not in METHODS and not name.endswith(FEATURE_FILES):
+        raise ValueError(f"unknown method {name!r}: choose one of {', '.join(METHODS)}, or a .h5 file of features")
     if max_keypoints is not None and max_keypoints < 1:
         raise ValueError(f"max_keypoints must be at least 1, got {max_keypoints}")
+    if name in PEERS or name.endswith(FEATURE_FILES):
+        from samfeat.pipelines.peers import load_peer
+
+        return load_peer(name, weights, max_keypoints=max_keypoints, device=device)
     if name == "samfeat":
         if weights is None:
             raise ValueError("method samfeat needs trained weights: give the .safetensors file that training wrote")
