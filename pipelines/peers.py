@@ -13,11 +13,11 @@ import hashlib
 import pickle
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import h5py
-import kornia.feature
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -86,15 +86,17 @@ def load_peer(
         "method": name,
         "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
         "max_keypoints": limit,
-        "kornia": kornia.__version__,
+        "kornia": version("kornia"),
     }
     return Method(name, config, extract)
 
 
 def _aliked(tensors: dict[str, Any], limit: int, device: str) -> _Network:
+    from kornia.feature import ALIKED
+
     positions, channels = tensors["desc_head.agg_weights"].shape[:2]
     model = "aliked-t16" if channels == 64 else f"aliked-n{positions}"  # n16rot is an n16, trained on rotated images
-    network = kornia.feature.ALIKED(model, max_num_keypoints=limit)
+    network = ALIKED(model, max_num_keypoints=limit)
     _load(network, {**network.dkd.state_dict(prefix="dkd."), **tensors}, device)  # the grid there is a constant
 
     def run(image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -105,7 +107,9 @@ def _aliked(tensors: dict[str, Any], limit: int, device: str) -> _Network:
 
 
 def _disk(tensors: dict[str, Any], limit: int, device: str) -> _Network:
-    network = kornia.feature.DISK()
+    from kornia.feature import DISK
+
+    network = DISK()
     _load(network, tensors["extractor"], device)
 
     def run(image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -119,7 +123,9 @@ def _disk(tensors: dict[str, Any], limit: int, device: str) -> _Network:
 
 
 def _xfeat(tensors: dict[str, Any], limit: int, device: str) -> _Network:
-    network = kornia.feature.XFeat(top_k=limit)
+    from kornia.feature import XFeat
+
+    network = XFeat(top_k=limit)
     _load(network.net, tensors, device)
 
     def run(image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
