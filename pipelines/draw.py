@@ -220,6 +220,31 @@ def error_figure(
     return save_figure(path, figure)
 
 
+def precision_recall_figure(
+    path: str | Path, curves: Mapping[str, tuple[Sequence[float], Sequence[float], Mapping[str, float]]]
+) -> Path:
+    """Precision over recall, one line a method with a mark at its best F, over lines of equal F.
+
+    Args:
+        path: PNG to write.
+        curves: by method, recalls, precisions, and the best point: ``recall``, ``precision``, ``f``.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.6, 5.2), layout="constrained")
+    axis = figure.subplots()
+    for f in np.arange(0.1, 1, 0.1):
+        recall = np.linspace(f / (2 - f) + 1e-9, 1, 100)
+        axis.plot(recall, f * recall / (2 * recall - f), color="0.85", linewidth=0.8, zorder=0)
+        axis.text(1.01, f / (2 - f), f"{f:.1f}", color="0.6", fontsize=8, va="center")
+    for method, (recalls, precisions, best) in curves.items():
+        (line,) = axis.plot(recalls, precisions, label=f"{method}, F {best['f']:.2f}")
+        axis.plot(best["recall"], best["precision"], "o", color=line.get_color())
+    axis.set(xlabel="Recall", ylabel="Precision", xlim=(0, 1), ylim=(0, 1), aspect="equal")
+    axis.legend(loc="lower left")
+    return save_figure(path, figure)
+
+
 def save_figure(path: str | Path, figure: Figure) -> Path:
     """Writes a matplotlib figure as PNG, whole or not at all; returns the path."""
     data = io.BytesIO()

@@ -245,7 +245,7 @@ def extract_images(
         output.unlink(missing_ok=True)
     output.parent.mkdir(parents=True, exist_ok=True)
     with _open(output, "a") as file:
-        _check_config(json.loads(file.attrs.get("config", "null")), method, output)
+        check_config(json.loads(file.attrs.get("config", "null")), method.config, output)
         file.attrs["config"] = json.dumps(dict(method.config))
         file.pop(_PARTIAL, None)
         digests = {name: file[name].attrs.get("sha256") for name in paths if name in file}
@@ -298,7 +298,7 @@ def _extract_d2net(
 ) -> Extraction:
     record = output / f"{method.name}.json"
     if not overwrite and record.exists():
-        _check_config(json.loads(record.read_text()), method, record)
+        check_config(json.loads(record.read_text()), method.config, record)
     write_json(record, dict(method.config))
     targets = {name: output / f"{name}.{method.name}" for name in paths}
     written: list[str] = []
@@ -336,9 +336,9 @@ def _open(path: Path, mode: str) -> h5py.File:
         raise OSError(f"{path} cannot be opened as HDF5 ({error}): another program holds it, or delete it") from None
 
 
-def _check_config(stored: Mapping[str, Any] | None, method: Method, where: Path) -> None:
+def check_config(stored: Mapping[str, Any] | None, config: Mapping[str, Any], where: Path) -> None:
     """Refuses to continue features of another configuration; None = nothing stored yet."""
-    wanted = json.loads(json.dumps(dict(method.config)))
+    wanted = json.loads(json.dumps(dict(config)))
     if stored is None or stored == wanted:
         return
     changes = ", ".join(

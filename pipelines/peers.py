@@ -59,8 +59,7 @@ def load_peer(
         raise ValueError(f"unknown network {name!r}: choose one of {', '.join(PEERS)}")
     if weights is None:
         raise ValueError(f"method {name} needs its authors' weights: give the {_FILES[name]} that they released")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = choose_device(device)
     weights, limit = Path(weights), max_keypoints or MAX_KEYPOINTS
     tensors = _read_tensors(weights)
     try:
@@ -89,6 +88,19 @@ def load_peer(
         "kornia": version("kornia"),
     }
     return Method(name, config, extract)
+
+
+def choose_device(device: str) -> str:
+    """A torch device: the given one, or for ``auto`` a GPU where there is one.
+
+    Raises:
+        ValueError: a GPU that is not there.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device {device!r}: no GPU is usable here, choose cpu or auto")
+    return device
 
 
 def _aliked(tensors: dict[str, Any], limit: int, device: str) -> _Network:
