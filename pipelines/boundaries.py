@@ -289,8 +289,8 @@ def evaluate_edges(
     """Evaluates an edge detector on photographs with boundaries that people drew.
 
     Writes ``<output>/<name>/edges/*.png`` (strengths, 255 for 1) and ``results.json``, and from the results of all
-    detectors in ``output`` the table ``table.md``, the figure ``edges.png`` and the pictures ``gallery.png``. Images
-    whose map is there already are not computed again.
+    detectors in ``output`` the table ``table.md``, the figure ``edges.png`` and the pictures ``gallery.png`` (half
+    grey at the best threshold). Images whose map is there already are not computed again.
 
     Args:
         folder: see :func:`find_photographs`.
@@ -379,10 +379,15 @@ def write_comparison(
     sheet = []
     for image in [names[i] for i in np.linspace(0, len(names) - 1, min(GALLERY, len(names))).round().astype(int)]:
         photograph, truth = photographs[image]
-        people = np.mean(read_boundaries(truth), axis=0)
-        maps = {"people": np.rint(255 * people).astype(np.uint8)}
+        row = [(image, read_image(photograph)), ("people", _ink(np.mean(read_boundaries(truth), axis=0)))]
         for results in found:
-            maps[results["name"]] = np.asarray(Image.open(output / results["name"] / "edges" / f"{image}.png"))
-        titled = [(title, np.repeat(255 - values[..., None], 3, axis=2)) for title, values in maps.items()]
-        sheet.append([(image, read_image(photograph)), *titled])
+            with Image.open(output / results["name"] / "edges" / f"{image}.png") as png:
+                strength = np.asarray(png, float) / 255
+            row.append((results["name"], _ink(strength / (2 * results["ods"]["threshold"]))))
+        sheet.append(row)
     save_png(output / "gallery.png", panel(sheet))
+
+
+def _ink(strength: np.ndarray) -> np.ndarray:
+    """uint8 [H, W, 3]: white at 0 to black at 1 and beyond."""
+    return np.repeat(np.rint(255 * (1 - np.minimum(strength, 1))).astype(np.uint8)[..., None], 3, axis=2)
