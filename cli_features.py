@@ -14,14 +14,6 @@ from samfeat.pipelines.live import console, progress_bar
 features = typer.Typer()
 
 
-class Method(StrEnum):
-    """Features that can be extracted, matched and evaluated."""
-
-    samfeat = "samfeat"
-    sift = "sift"
-    orb = "orb"
-
-
 class FeatureFormat(StrEnum):
     """How extracted features are written."""
 
@@ -37,9 +29,13 @@ class Verification(StrEnum):
     homography = "homography"
 
 
-MethodOption = Annotated[Method, typer.Option(help="Features: ours, or OpenCV's for comparison.")]
+MethodOption = Annotated[
+    str,
+    typer.Option(help="samfeat; for comparison sift, orb (OpenCV), aliked, disk, xfeat (kornia, with --weights)."),
+]
 WeightsOption = Annotated[
-    Path | None, typer.Option(help="Weights of --method samfeat: .safetensors of `train`, or the authors' .pt.")
+    Path | None,
+    typer.Option(help="Weights of samfeat: .safetensors of `train`, or the authors' .pt; of others: their own file."),
 ]
 KeypointsOption = Annotated[
     int | None, typer.Option(min=1, help="Keep at most so many keypoints an image, best first.")
@@ -50,7 +46,7 @@ KeypointsOption = Annotated[
 def extract(
     images: Annotated[Path, typer.Argument(help="A folder of images, or a text file with one path a line.")],
     output: Annotated[Path, typer.Argument(help="An .h5 file (hloc), or a folder (d2net).")],
-    method: MethodOption = Method.samfeat,
+    method: MethodOption = "samfeat",
     weights: WeightsOption = None,
     format_: Annotated[
         FeatureFormat, typer.Option("--format", help="hloc's HDF5, or D2-Net's npz.")
@@ -79,7 +75,7 @@ def match_command(
     image0: Annotated[Path, typer.Argument(help="First photograph.")],
     image1: Annotated[Path, typer.Argument(help="Second photograph.")],
     out: Annotated[Path, typer.Option(help="Picture of the matches.")] = Path("matches.png"),
-    method: MethodOption = Method.samfeat,
+    method: MethodOption = "samfeat",
     weights: WeightsOption = None,
     verify: Annotated[
         Verification, typer.Option(help="Geometric verification by MAGSAC++.")
@@ -106,67 +102,46 @@ def evaluate(
     benchmark: Annotated[
         str,
         typer.Argument(
-            help="hpatches: mean matching accuracy on image sequences. reconstruct: structure from motion of photo "
-            "collections. localize: poses of query photographs (Aachen v1.1, or any posed photographs)."
+            help="hpatches (image sequences), reconstruct (photo collections), localize (posed scenes), "
+            "pose (relative pose of pairs) or edges (human boundaries)."
         ),
     ],
     data: Annotated[
-        Path,
-        typer.Option(
-            help="hpatches: folder of sequences, <name>/1..6.ppm|png|jpg with H_1_2..H_1_6. reconstruct: folder of "
-            "photographs, or of such folders. localize: Aachen's folder, or photographs with cameras.json."
-        ),
+        Path, typer.Option(help="Folder of sequences, photographs, posed scenes, pairs or human boundaries.")
     ],
-    out: Annotated[Path, typer.Option(help="Folder for features, results.json, table and figure.")] = Path(
-        "runs/hpatches"
-    ),
-    method: MethodOption = Method.samfeat,
+    out: Annotated[Path | None, typer.Option(help="Folder for features, tables and figures; runs/<benchmark>.")] = None,
+    method: Annotated[
+        str,
+        typer.Option(
+            help="samfeat, sift, orb, aliked, disk, xfeat, or features of other programs: an .h5 in hloc's layout. "
+            "For edges: samfeat, canny or a teacher."
+        ),
+    ] = "samfeat",
     weights: WeightsOption = None,
     max_keypoints: KeypointsOption = None,
     device: DeviceOption = Device.auto,
     name: Annotated[str | None, typer.Option(help="What the method is called in table and figure.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Predict again where the settings changed.")] = False,
 ) -> None:
-    """Evaluate features. Predicts once, then evaluates from the stored features."""
-    if benchmark not in ("hpatches", "reconstruct", "localize"):
-        raise ValueError(f"unknown evaluation {benchmark!r}: there are hpatches, reconstruct and localize")
+    """Evaluate features, or edges. Predicts once, then evaluates what is stored. Run again to go on."""
     must_exist(data, *([weights] if weights else []))
-    from samfeat.pipelines.hpatches import evaluate_hpatches
+    from samfeat.pipelines.evaluate import find_evaluation
 
-    chosen = _method(method, weights, max_keypoints, device)
-    if benchmark != "hpatches":
-        _evaluate_scenes(benchmark, data, out, method=chosen, name=name, overwrite=overwrite)
-        return
-    with progress_bar(f"{chosen.name} features") as bar:
-        results = evaluate_hpatches(data, out, method=chosen, name=name, overwrite=overwrite, progress=bar)
-    for subset, curve in results["mma"].items():
-        console.print(
-            f"{results['name']}, {subset}: MMA@1 {curve[0]:.3f}, MMA@3 [bold]{curve[2]:.3f}[/], MMA@5 {curve[4]:.3f}, "
-            f"AUC@5 {results['auc5'][subset]:.3f}, {results['matches'][subset]:.0f} matches a pair"
-        )
-    console.print(f"{results['features']['mean']:.0f} features an image; tables and figure in [bold]{out}[/]")
+    run = find_evaluation(benchmark)
+    out = out or Path("runs") / benchmark
+    if benchmark == "edges":
+        from samfeat.pipelines.boundaries import load_detector
 
-
-def _evaluate_scenes(benchmark: str, data: Path, out: Path, *, method: Any, name: str | None, overwrite: bool) -> None:
-    from samfeat.pipelines.localization import evaluate_localize
-    from samfeat.pipelines.reconstruction import evaluate_reconstruct
-
-    run = evaluate_reconstruct if benchmark == "reconstruct" else evaluate_localize
-    with progress_bar(f"{method.name} {benchmark}") as bar:
-        results = run(data, out, method=method, name=name, overwrite=overwrite, progress=bar)
-    for scene, facts in results["scenes"].items():
-        if benchmark == "reconstruct":
-            found = f"[bold]{facts['registered']}[/] of {facts['images']} images, {facts['points']} points"
-        else:
-            queries = facts["queries"]["all"]
-            found = (
-                f"[bold]{queries['localized']}[/] of {queries['images']} queries, {facts['points']} points in the map"
-            )
-        console.print(f"{results['name']}, {scene}: {found}, see {out / results['name'] / scene / 'view.html'}")
-    console.print(f"tables and figure in [bold]{out}[/]")
+        chosen: Any = load_detector(method, weights=weights, device=device.value)
+    else:
+        chosen = _method(method, weights, max_keypoints, device)
+    with progress_bar(f"{name or chosen.name} on {benchmark}") as bar:
+        run(data, out, method=chosen, name=name, overwrite=overwrite, progress=bar)
+    console.print((out / "table.md").read_text(), markup=False, soft_wrap=True, end="")
+    console.print(f"results and figures in [bold]{out}[/]")
 
 
-def _method(name: Method, weights: Path | None, max_keypoints: int | None, device: Device) -> Any:
+def _method(name: str, weights: Path | None, max_keypoints: int | None, device: Device) -> Any:
     from samfeat.pipelines.extract import load_method
 
-    return load_method(name.value, weights=weights, max_keypoints=max_keypoints, device=device.value)
+    return load_method(name, weights=weights, max_keypoints=max_keypoints, device=device.value)

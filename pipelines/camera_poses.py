@@ -176,12 +176,3 @@ def _relative(first: Pose, second: Pose) -> tuple[np.ndarray, np.ndarray]:
     rotation = second.rotation @ first.rotation.T
     translation = second.translation - rotation @ first.translation
     return rotation, translation / max(np.linalg.norm(translation), 1e-300)
-
-
-def error_auc(errors: np.ndarray, threshold: float) -> float:
-    """Area under the curve of recall over the error from 0 to ``threshold``, as a share in [0, 1].
-
-    The recall is a staircase, so that the area is the mean of ``1 - error / threshold`` where positive; no error at all
-    gives 0.
-    """
-    return float(np.clip(1 - np.asarray(errors, np.float64) / threshold, 0, 1).mean()) if len(errors) else 0.0

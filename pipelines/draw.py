@@ -5,13 +5,18 @@ Points are (x, y) in pixels, (0, 0) is the centre of the top-left pixel.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
 
 from samfeat.pipelines.files import write_bytes
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 GREEN, RED, YELLOW = (60, 200, 90), (225, 65, 60), (255, 210, 60)
 INK, PAPER = (30, 30, 30), (255, 255, 255)
@@ -187,8 +192,6 @@ def mma_figure(path: str | Path, curves: Mapping[str, Mapping[str, Sequence[floa
         curves: accuracies in [0, 1] at 1, 2, ... pixels, by method and then by subset, such as
             ``{"sift": {"all": [...], "viewpoint": [...]}}``.
     """
-    import io
-
     from matplotlib.figure import Figure
 
     subsets = list(dict.fromkeys(subset for values in curves.values() for subset in values))
@@ -203,6 +206,72 @@ def mma_figure(path: str | Path, curves: Mapping[str, Mapping[str, Sequence[floa
         axis.grid(alpha=0.35)
     axes[0].set_ylabel("MMA")
     axes[0].legend(loc="lower right")
+    return save_figure(path, figure)
+
+
+def error_figure(
+    path: str | Path,
+    errors: Mapping[str, Sequence[float]],
+    areas: Mapping[str, Sequence[float]],
+    *,
+    thresholds: Sequence[float],
+    xlabel: str,
+) -> Path:
+    """Share of pairs whose error is below a limit, over the limit; and the area under that curve, as bars.
+
+    Args:
+        path: PNG to write.
+        errors: by method, one error a pair, infinity for a failure.
+        areas: by method, the area up to each threshold, in [0, 1].
+        thresholds: ascending; the last one ends the curve.
+        xlabel: what the error is, with its unit.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    curve, bars = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+    width = 0.8 / max(1, len(errors))
+    for place, (method, values) in enumerate(errors.items()):
+        inside = sorted(value for value in values if value <= thresholds[-1])
+        share = np.arange(len(inside) + 1) / len(values)
+        curve.step([0, *inside, thresholds[-1]], [*share, share[-1]], where="post", label=method)
+        offset = (place - (len(errors) - 1) / 2) * width
+        bars.bar(np.arange(len(thresholds)) + offset, areas[method], width, label=method)
+    curve.set(xlabel=xlabel, ylabel="Share of pairs", xlim=(0, thresholds[-1]), ylim=(0, 1))
+    bars.set(title="Area under the curve", xticks=range(len(thresholds)), xticklabels=[f"@{t:g}" for t in thresholds])
+    curve.legend(loc="upper left")
+    for axis in (curve, bars):
+        axis.grid(alpha=0.35)
+    return save_figure(path, figure)
+
+
+def precision_recall_figure(
+    path: str | Path, curves: Mapping[str, tuple[Sequence[float], Sequence[float], Mapping[str, float]]]
+) -> Path:
+    """Precision over recall, one line a method with a mark at its best F, over lines of equal F.
+
+    Args:
+        path: PNG to write.
+        curves: by method, recalls, precisions, and the best point: ``recall``, ``precision``, ``f``.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.6, 5.2), layout="constrained")
+    axis = figure.subplots()
+    for f in np.arange(0.1, 1, 0.1):
+        recall = np.linspace(f / (2 - f) + 1e-9, 1, 100)
+        axis.plot(recall, f * recall / (2 * recall - f), color="0.85", linewidth=0.8, zorder=0)
+        axis.text(1.01, f / (2 - f), f"{f:.1f}", color="0.6", fontsize=8, va="center")
+    for method, (recalls, precisions, best) in curves.items():
+        (line,) = axis.plot(recalls, precisions, label=f"{method}, F {best['f']:.2f}")
+        axis.plot(best["recall"], best["precision"], "o", color=line.get_color())
+    axis.set(xlabel="Recall", ylabel="Precision", xlim=(0, 1), ylim=(0, 1), aspect="equal")
+    axis.legend(loc="lower left")
+    return save_figure(path, figure)
+
+
+def save_figure(path: str | Path, figure: Figure) -> Path:
+    """Writes a matplotlib figure as PNG, whole or not at all; returns the path."""
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=150)
     return write_bytes(path, data.getvalue())
@@ -215,8 +284,6 @@ def bar_figure(path: str | Path, panels: Mapping[str, Mapping[str, Mapping[str, 
         path: PNG to write.
         panels: values by quantity, scene and method; None has no bar, nor has a quantity that nobody has a plot.
     """
-    import io
-
     from matplotlib.figure import Figure
 
     def known(scenes: Mapping[str, Mapping[str, float | None]]) -> bool:
@@ -241,9 +308,7 @@ def bar_figure(path: str | Path, panels: Mapping[str, Mapping[str, Mapping[str, 
         axis.remove()
     if shown:
         figure.legend(*plots[0].get_legend_handles_labels(), loc="outside upper center", ncols=8, fontsize=9)
-    data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=130)
-    return write_bytes(path, data.getvalue())
+    return save_figure(path, figure)
 
 
 def _fixed(points: np.ndarray) -> list[tuple[int, int]]:

@@ -1,20 +1,44 @@
 """Evaluation in two steps: predict once into a file of features, then evaluate what is stored.
 
 An evaluation has a folder; every method has a folder in it, with ``features.h5`` and ``results.json``. Beside them
-stand a table and a figure of all methods that were evaluated on the same data.
+stand ``table.md`` and figures of all methods that were evaluated on the same data.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import h5py
+import numpy as np
 
 from samfeat.pipelines.extract import Features, Method, Progress, extract_images, read_features
 from samfeat.pipelines.files import write_bytes, write_json
+from samfeat.pipelines.peers import StoredFeatures
+
+EVALUATIONS = {
+    "hpatches": "samfeat.pipelines.hpatches:evaluate_hpatches",
+    "reconstruct": "samfeat.pipelines.reconstruction:evaluate_reconstruct",
+    "localize": "samfeat.pipelines.localization:evaluate_localize",
+    "pose": "samfeat.pipelines.pose:evaluate_pose",
+    "edges": "samfeat.pipelines.boundaries:evaluate_edges",
+}
+"""Where each evaluation is: a function of (data, output, *, method, name, overwrite, progress) that writes table.md."""
+
+
+def find_evaluation(name: str) -> Callable[..., dict[str, Any]]:
+    """The function of an evaluation, see ``EVALUATIONS``.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    if name not in EVALUATIONS:
+        raise ValueError(f"unknown evaluation {name!r}: choose one of {', '.join(EVALUATIONS)}")
+    module, function = EVALUATIONS[name].split(":")
+    return getattr(importlib.import_module(module), function)
 
 
 def predict(
@@ -29,7 +53,7 @@ def predict(
 
     Args:
         paths: image by name.
-        output: HDF5 file that keeps the features.
+        output: HDF5 file that keeps the features; not written where the method reads a file of its own.
         method: what computes them.
         overwrite: compute them anew.
         progress: called with (done, total) after every image that had to be computed.
@@ -38,8 +62,17 @@ def predict(
         a function from a name to its features, read from the file.
 
     Raises:
-        ValueError: an image cannot be read; or the stored features come from another configuration or other images.
+        ValueError: an image cannot be read, or the method's file has no features of it; or the stored features come
+            from another configuration or other images.
     """
+    if isinstance(method, StoredFeatures):
+        missing = method.missing(paths)
+        if missing:
+            raise ValueError(
+                f"{method.path} has no features of {len(missing)} of {len(paths)} images, the first is {missing[0]!r}: "
+                "extract them too, and name them so"
+            )
+        return method.read
     extraction = extract_images(paths, output, method=method, overwrite=overwrite, verify=True, progress=progress)
     if extraction.failed:
         raise ValueError(f"{len(extraction.failed)} image(s) cannot be read: {next(iter(extraction.failed.values()))}")
@@ -88,3 +121,27 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown; the first column is text, the others are numbers."""
     lines = [header, ["---"] + ["--:"] * (len(header) - 1), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def error_auc(errors: Sequence[float] | np.ndarray, thresholds: Sequence[float]) -> list[float]:
+    """Area under the recall curve of errors up to each threshold, divided by it: in [0, 1], as SuperGlue computes it.
+
+    Recall rises linearly from one sorted error to the next (Sarlin et al., CVPR 2020).
+
+    Args:
+        errors: one a pair, not negative; infinity for a failure.
+        thresholds: positive, in the unit of the errors.
+
+    Raises:
+        ValueError: no error.
+    """
+    if len(errors) == 0:
+        raise ValueError("the area under a recall curve needs at least one pair, got none")
+    limits = np.concatenate([[0.0], np.sort(np.asarray(errors, np.float64))])
+    recall = np.arange(len(limits)) / (len(limits) - 1)
+    areas = []
+    for threshold in thresholds:
+        end = max(1, int(np.searchsorted(limits, threshold)))
+        x, y = np.append(limits[:end], threshold), np.append(recall[:end], recall[end - 1])
+        areas.append(float(np.trapezoid(y, x) / threshold))
+    return areas

@@ -22,7 +22,9 @@ import numpy as np
 from samfeat.pipelines.files import write_bytes, write_json
 from samfeat.teacher_cache.images import IMAGE_SUFFIXES, read_image
 
-METHODS = ("samfeat", "sift", "orb")
+PEERS = ("aliked", "disk", "xfeat")
+METHODS = ("samfeat", "sift", "orb", *PEERS)
+FEATURE_FILES = (".h5", ".hdf5")
 FORMATS = ("hloc", "d2net")
 OPENCV_KEYPOINTS = 10_000
 
@@ -78,7 +80,7 @@ def load_method(
             product orders like the Hamming distance).
         weights: weights file of ``samfeat``; the other methods have none.
         max_keypoints: the best so many keypoints are kept. None leaves it to the weights file; 10,000 for the others.
-        device: where ``samfeat`` runs: ``cpu``, ``cuda``, or ``auto``, which takes a GPU where there is one.
+        device: where networks run: ``cpu``, ``cuda``, or ``auto``, which takes a GPU where there is one.
         **options: extraction options of ``samfeat`` that differ from those in the weights file
             (:class:`samfeat.student.extractor.ExtractionConfig`).
 
@@ -86,10 +88,14 @@ def load_method(
         ValueError: unknown name, weights or options missing, superfluous or damaged, or no keypoint allowed.
         FileNotFoundError: the weights do not exist.
     """
-    if name not in METHODS:
-        raise ValueError(f"unknown method {name!r}: choose one of {', '.join(METHODS)}")
+    if name not in METHODS and not name.endswith(FEATURE_FILES):
+        raise ValueError(f"unknown method {name!r}: choose one of {', '.join(METHODS)}, or a .h5 file of features")
     if max_keypoints is not None and max_keypoints < 1:
         raise ValueError(f"max_keypoints must be at least 1, got {max_keypoints}")
+    if name in PEERS or name.endswith(FEATURE_FILES):
+        from samfeat.pipelines.peers import load_peer
+
+        return load_peer(name, weights, max_keypoints=max_keypoints, device=device)
     if name == "samfeat":
         if weights is None:
             raise ValueError("method samfeat needs trained weights: give the .safetensors file that training wrote")
@@ -249,7 +255,7 @@ def extract_images(
         output.unlink(missing_ok=True)
     output.parent.mkdir(parents=True, exist_ok=True)
     with _open(output, "a") as file:
-        _check_config(json.loads(file.attrs.get("config", "null")), method, output)
+        check_config(json.loads(file.attrs.get("config", "null")), method.config, output)
         file.attrs["config"] = json.dumps(dict(method.config))
         file.pop(_PARTIAL, None)
         digests = {name: file[name].attrs.get("sha256") for name in paths if name in file}
@@ -302,7 +308,7 @@ def _extract_d2net(
 ) -> Extraction:
     record = output / f"{method.name}.json"
     if not overwrite and record.exists():
-        _check_config(json.loads(record.read_text()), method, record)
+        check_config(json.loads(record.read_text()), method.config, record)
     write_json(record, dict(method.config))
     targets = {name: output / f"{name}.{method.name}" for name in paths}
     written: list[str] = []
@@ -340,9 +346,9 @@ def _open(path: Path, mode: str) -> h5py.File:
         raise OSError(f"{path} cannot be opened as HDF5 ({error}): another program holds it, or delete it") from None
 
 
-def _check_config(stored: Mapping[str, Any] | None, method: Method, where: Path) -> None:
+def check_config(stored: Mapping[str, Any] | None, config: Mapping[str, Any], where: Path) -> None:
     """Refuses to continue features of another configuration; None = nothing stored yet."""
-    wanted = json.loads(json.dumps(dict(method.config)))
+    wanted = json.loads(json.dumps(dict(config)))
     if stored is None or stored == wanted:
         return
     changes = ", ".join(

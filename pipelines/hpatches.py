@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
-from samfeat.pipelines.draw import mma_figure
-from samfeat.pipelines.evaluate import collect_results, predict, write_results, write_table
+from samfeat.pipelines.draw import error_figure, mma_figure
+from samfeat.pipelines.evaluate import collect_results, error_auc, predict, write_results, write_table
 from samfeat.pipelines.extract import Method, Progress
-from samfeat.pipelines.match import mutual_matches
-from samfeat.teacher_cache.images import IMAGE_SUFFIXES
+from samfeat.pipelines.match import estimate, matched_points
+from samfeat.teacher_cache.images import IMAGE_SUFFIXES, read_image
 
 THRESHOLDS = tuple(range(1, 11))
+CORNER_THRESHOLDS = (1, 3, 5)  # pixels
 SUBSETS = {"i_": "illumination", "v_": "viewpoint"}
 TOO_LARGE = frozenset(
     ["i_contruction", "i_crownnight", "i_dc", "i_pencils", "i_whitebuilding", "v_artisans", "v_astronautis", "v_talent"]
@@ -68,14 +68,33 @@ def match_errors(features0: Mapping[str, Any], features1: Mapping[str, Any], hom
         features1: the same of the other image.
         homography: [3, 3], pixels of image 0 to pixels of image 1.
     """
-    matches = mutual_matches(features0, features1)
-    points0, points1 = (torch.as_tensor(f["keypoints"]).cpu().double().numpy() for f in (features0, features1))
-    projected = (
-        np.pad(points0[matches[:, 0]], ((0, 0), (0, 1)), constant_values=1) @ np.asarray(homography, np.float64).T
-    )
+    points0, points1 = matched_points(features0, features1)
+    return _distances(_project(points0, homography), points1)
+
+
+def _project(points: np.ndarray, homography: np.ndarray) -> np.ndarray:
+    projected = np.pad(points, ((0, 0), (0, 1)), constant_values=1) @ np.asarray(homography, np.float64).T
     with np.errstate(divide="ignore", invalid="ignore"):
-        errors = np.linalg.norm(projected[:, :2] / projected[:, 2:] - points1[matches[:, 1]], axis=1)
-    return np.nan_to_num(errors, nan=np.inf, posinf=np.inf)
+        return projected[:, :2] / projected[:, 2:]
+
+
+def _distances(points0: np.ndarray, points1: np.ndarray) -> np.ndarray:
+    return np.nan_to_num(np.linalg.norm(points0 - points1, axis=1), nan=np.inf, posinf=np.inf)
+
+
+def corner_error(estimated: np.ndarray | None, homography: np.ndarray, image_size: tuple[int, int]) -> float:
+    """Mean distance in pixels between where two homographies put the four corners of an image.
+
+    Args:
+        estimated: [3, 3]; None, for a failure, is infinitely wrong.
+        homography: [3, 3], the true one.
+        image_size: (height, width); the corners are the centres of the outermost pixels.
+    """
+    if estimated is None:
+        return float("inf")
+    height, width = image_size
+    corners = np.array([(0, 0), (width - 1, 0), (0, height - 1), (width - 1, height - 1)], np.float64)
+    return float(_distances(_project(corners, estimated), _project(corners, homography)).mean())
 
 
 def mma(errors: Sequence[np.ndarray], thresholds: Sequence[float] = THRESHOLDS) -> np.ndarray:
@@ -166,7 +185,7 @@ def evaluate_hpatches(
     """Evaluates a method on the sequences of a folder.
 
     Writes ``<output>/<name>/features.h5`` and ``results.json``, and from the results of all methods in ``output`` the
-    table ``table.md`` and the figure ``mma.png``.
+    table ``table.md`` and the figures ``mma.png`` and ``homography.png``.
 
     Args:
         folder: the sequences, see :func:`find_sequences`.
@@ -178,8 +197,9 @@ def evaluate_hpatches(
 
     Returns:
         what ``results.json`` holds: ``name``, ``method`` (configuration), ``dataset``, ``thresholds``, and by subset
-        (``all``, and ``illumination``, ``viewpoint`` where names tell) ``mma`` [T], ``auc5`` (mean of MMA(1) to MMA(5))
-        and mean ``matches``; ``features`` (mean, min, max), and one entry a pair in ``pairs``.
+        (``all``, and ``illumination``, ``viewpoint`` where names tell) ``mma`` [T], ``auc5`` (mean of MMA(1) to
+        MMA(5)), mean ``matches`` and ``homography_auc`` (of the :func:`corner_error` of homographies that MAGSAC++
+        finds, at ``CORNER_THRESHOLDS``); ``features`` (mean, min, max), and one entry a pair in ``pairs``.
 
     Raises:
         ValueError: bad sequences or images; stored features of another configuration or other images; or results on
@@ -196,24 +216,35 @@ def evaluate_hpatches(
     store = Path(output) / name / "features.h5"
     features = predict(paths, store, method=method, overwrite=overwrite, progress=progress)
     pairs: list[tuple[PlanarSequence, int]] = []
-    errors = []
+    errors: list[np.ndarray] = []
+    corners: list[float] = []
     counts: list[int] = []
     for sequence in sequences:
         stored = {number: features(f"{sequence.name}/{path.name}") for number, path in sequence.images.items()}
         counts += [len(f["keypoints"]) for f in stored.values()]
+        image_size = read_image(sequence.images[1]).shape[:2]
         for number, homography in sequence.homographies.items():
-            errors.append(match_errors(stored[1], stored[number], homography))
+            points0, points1 = matched_points(stored[1], stored[number])
+            errors.append(_distances(_project(points0, homography), points1))
+            found, _ = estimate(points0, points1, model="homography")
+            corners.append(corner_error(found, homography, image_size))
             pairs.append((sequence, number))
     results = {
         "name": name,
         "method": dict(method.config),
         "dataset": dataset,
         "thresholds": list(THRESHOLDS),
-        **_summary(errors, [sequence.subset for sequence, _ in pairs]),
+        **_summary(errors, corners, [sequence.subset for sequence, _ in pairs]),
         "features": {"mean": float(np.mean(counts)), "min": min(counts), "max": max(counts)},
         "pairs": [
-            {"sequence": sequence.name, "image": number, "matches": len(e), "accuracy": mma([e]).tolist()}
-            for (sequence, number), e in zip(pairs, errors, strict=True)
+            {
+                "sequence": sequence.name,
+                "image": number,
+                "matches": len(e),
+                "accuracy": mma([e]).tolist(),
+                "corner_error": corner if np.isfinite(corner) else None,
+            }
+            for (sequence, number), e, corner in zip(pairs, errors, corners, strict=True)
         ],
     }
     write_results(Path(output) / name, results)
@@ -222,25 +253,39 @@ def evaluate_hpatches(
 
 
 def write_comparison(output: str | Path, dataset: Mapping[str, Any]) -> None:
-    """Writes ``table.md`` and ``mma.png`` of all methods in an evaluation folder."""
+    """Writes ``table.md``, ``mma.png`` and ``homography.png`` of all methods in an evaluation folder."""
     found = collect_results(output, dataset)
     rows = []
     for results in found:
         for subset, curve in results["mma"].items():
             percent = [f"{100 * curve[t - 1]:.1f}" for t in (1, 3, 5, 10)]
             auc, matches = f"{100 * results['auc5'][subset]:.1f}", f"{results['matches'][subset]:.0f}"
-            rows.append([results["name"], subset, *percent, auc, f"{results['features']['mean']:.0f}", matches])
-    header = ["method", "subset", "MMA@1", "MMA@3", "MMA@5", "MMA@10", "AUC@5", "features/image", "matches/pair"]
+            corners = [f"{100 * value:.1f}" for value in results["homography_auc"][subset]]
+            number = f"{results['features']['mean']:.0f}"
+            rows.append([results["name"], subset, *percent, auc, *corners, number, matches])
+    header = ["method", "subset", "MMA@1", "MMA@3", "MMA@5", "MMA@10", "AUC@5"]
+    header += [*(f"H AUC@{t}" for t in CORNER_THRESHOLDS), "features/image", "matches/pair"]
     write_table(Path(output) / "table.md", header, rows)
     mma_figure(Path(output) / "mma.png", {results["name"]: results["mma"] for results in found})
+    errors = {
+        results["name"]: [np.inf if p["corner_error"] is None else p["corner_error"] for p in results["pairs"]]
+        for results in found
+    }
+    areas = {results["name"]: results["homography_auc"]["all"] for results in found}
+    path = Path(output) / "homography.png"
+    error_figure(path, errors, areas, thresholds=CORNER_THRESHOLDS, xlabel="Corner error of the homography [px]")
 
 
-def _summary(errors: Sequence[np.ndarray], subsets: Sequence[str | None]) -> dict[str, dict[str, Any]]:
-    """``mma``, ``auc5`` and ``matches`` by subset."""
-    summary: dict[str, dict[str, Any]] = {"mma": {}, "auc5": {}, "matches": {}}
+def _summary(
+    errors: Sequence[np.ndarray], corners: Sequence[float], subsets: Sequence[str | None]
+) -> dict[str, dict[str, Any]]:
+    """``mma``, ``auc5``, ``matches`` and ``homography_auc`` by subset."""
+    summary: dict[str, dict[str, Any]] = {"mma": {}, "auc5": {}, "matches": {}, "homography_auc": {}}
     for subset in ("all", *SUBSETS.values()):
-        chosen = [e for e, own in zip(errors, subsets, strict=True) if subset in ("all", own)]
+        inside = [i for i, own in enumerate(subsets) if subset in ("all", own)]
+        chosen = [errors[i] for i in inside]
         if chosen:
+            summary["homography_auc"][subset] = error_auc([corners[i] for i in inside], CORNER_THRESHOLDS)
             curve = mma(chosen)
             summary["mma"][subset] = curve.tolist()
             summary["auc5"][subset] = float(curve[:5].mean())

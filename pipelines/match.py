@@ -85,6 +85,15 @@ def mutual_matches(
     return match(features0, features1, ratio=ratio)["matches"].cpu().numpy()
 
 
+def matched_points(features0: Mapping[str, Any], features1: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """float64 [M, 2] in image 0 and in image 1: the mutual nearest neighbours, arrays on the CPU from either kind."""
+    import torch
+
+    matches = mutual_matches(features0, features1)
+    points0, points1 = (torch.as_tensor(f["keypoints"]).cpu().double().numpy() for f in (features0, features1))
+    return points0[matches[:, 0]], points1[matches[:, 1]]
+
+
 def estimate(
     points0: np.ndarray, points1: np.ndarray, *, model: Literal["fundamental", "homography"]
 ) -> tuple[np.ndarray | None, np.ndarray]:

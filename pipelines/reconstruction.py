@@ -20,12 +20,11 @@ from samfeat.pipelines.camera_poses import (
     PosedCamera,
     align,
     aligned_errors,
-    error_auc,
     read_cameras,
     relative_pose_errors,
 )
 from samfeat.pipelines.draw import bar_figure
-from samfeat.pipelines.evaluate import collect_results, predict, write_results, write_table
+from samfeat.pipelines.evaluate import collect_results, error_auc, predict, write_results, write_table
 from samfeat.pipelines.extract import Features, Method, Progress, list_images
 from samfeat.pipelines.sfm import (
     SEED,
@@ -272,7 +271,8 @@ def _quality(model: pycolmap.Reconstruction, truth: Mapping[str, PosedCamera] | 
     estimated = {image.name: camera_pose(image) for image in model.images.values() if image.has_pose}
     estimated = {image: pose for image, pose in estimated.items() if image in truth}
     relative = relative_pose_errors(estimated, {image: camera.pose for image, camera in truth.items()})
-    quality |= {f"auc{angle}": error_auc(relative, angle) for angle in ANGLES}
+    areas = error_auc(relative, ANGLES) if len(relative) else [0.0] * len(ANGLES)
+    quality |= {f"auc{angle}": area for angle, area in zip(ANGLES, areas)}
     known = [truth[image].pose for image in estimated]
     errors = aligned_errors(list(estimated.values()), known)
     if errors is None:

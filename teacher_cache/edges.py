@@ -66,7 +66,7 @@ def edge_map(
     edges = _clear_border(strength, border).cpu().numpy()
     edges = _gaussian_blur(_stretch(edges), blur)
     if style != "soft":
-        edges = _thin(edges)
+        edges = thin(edges)
     if style == "binary":
         edges = (edges >= BINARY_THRESHOLD).astype(np.float32)
     return np.rint(edges * 255).astype(np.uint8)
@@ -121,10 +121,11 @@ def _gaussian_blur(edges: np.ndarray, size: int) -> np.ndarray:
     return cv2.GaussianBlur(edges, (size, size), 0) if size else edges
 
 
-def _thin(edges: np.ndarray) -> np.ndarray:
-    """Keep the pixels that are maxima across their edge (of a plateau of two, one).
+def thin(edges: np.ndarray) -> np.ndarray:
+    """Keep the pixels of an edge map, float [H, W], that are maxima across their edge (of a plateau of two, one).
 
-    The direction across the edge comes from the structure tensor: on a ridge the gradient itself vanishes.
+    All others become 0. The direction across the edge comes from the structure tensor: on a ridge the gradient itself
+    vanishes.
     """
 
     def smooth(values: np.ndarray, order: tuple[int, int] = (0, 0)) -> np.ndarray:

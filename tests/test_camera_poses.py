@@ -10,7 +10,6 @@ from samfeat.pipelines.camera_poses import (
     Pose,
     align,
     aligned_errors,
-    error_auc,
     pose_errors,
     read_cameras,
     relative_pose_errors,
@@ -88,15 +87,6 @@ def test_relative_errors_need_no_alignment_and_miss_no_camera():
     wrong = Rotation.from_rotvec([0, 0, np.radians(4)]).as_matrix()
     estimated["0003.png"] = Pose(wrong @ lost.rotation, wrong @ lost.translation)  # turned about its own centre
     assert relative_pose_errors(estimated, truth)[[2, 4, 5]] == pytest.approx([4, 4, 4], rel=1e-6)
-
-
-def test_the_area_is_that_of_the_staircase():
-    errors = np.array([0.5, 1.2, 2.0, 7.0, np.inf])
-    grid = (np.arange(300_000) + 0.5) / 100_000  # 0 to 3
-    recall = (errors <= grid[:, None]).mean(1)
-    assert error_auc(errors, 3) == pytest.approx(recall.mean(), abs=1e-5)
-    assert error_auc(np.zeros(3), 1) == 1
-    assert error_auc(np.zeros(0), 1) == 0
 
 
 def test_cameras_survive_their_file(tmp_path):

@@ -187,6 +187,23 @@ def test_missing_and_empty_folders(fails, tmp_path):
     assert "unknown evaluation 'aachen'" in fails("evaluate", "aachen", "--data", "empty", "--method", "sift")
 
 
+def test_features_of_a_file_are_evaluated_and_wrong_methods_are_one_line(run, fails, tmp_path):
+    for k in (1, 2):
+        photo(tmp_path / "planes" / "wall" / f"{k}.png")
+    np.savetxt(tmp_path / "planes" / "wall" / "H_1_2", np.eye(3))
+    assert run("extract", "planes", "other.h5", "--method", "sift")[0] == 0
+    evaluate = ("evaluate", "hpatches", "--data", "planes", "--out", "out")
+    code, out, _ = run(*evaluate, "--method", "other.h5")
+    assert code == 0
+    assert "| other | all | 100.0 | 100.0 |" in out
+    assert "choose one of samfeat, sift" in fails(*evaluate, "--method", "surf")
+    assert "needs its authors' weights" in fails(*evaluate, "--method", "disk")
+    assert "no feature file absent.h5" in fails(*evaluate, "--method", "absent.h5")
+    assert "computes none" in fails("match", "planes/wall/1.png", "planes/wall/2.png", "--method", "other.h5")
+    assert "holds no groundTruth" in fails("evaluate", "edges", "--data", "planes", "--method", "canny")
+    assert "lists no pair" in fails("evaluate", "pose", "--data", "planes", "--method", "sift")
+
+
 def test_a_store_of_another_version_and_an_unfinished_one(fails, tmp_path):
     toy_store(tmp_path / "cache" / "a.zarr", 4)
     group = zarr.open_group(tmp_path / "cache" / "a.zarr", mode="r+")

@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from samfeat.pipelines.extract import Features, Method, load_method
-from samfeat.pipelines.hpatches import TOO_LARGE, evaluate_hpatches, find_sequences, match_accuracy, match_errors, mma
+from samfeat.pipelines.hpatches import (
+    TOO_LARGE,
+    corner_error,
+    evaluate_hpatches,
+    find_sequences,
+    match_accuracy,
+    match_errors,
+    mma,
+)
 
 SHIFT = np.array([[1.0, 0, 20], [0, 1, -10], [0, 0, 1]])
 
@@ -109,7 +117,31 @@ def test_the_protocol_in_closed_form(tmp_path):
         ("v_wall", 2, 2),
     ]
     assert json.loads((tmp_path / "out" / "lookup" / "results.json").read_text()) == results
-    assert "| lookup | all | 50.0 | 50.0 | 58.3 | 58.3 | 53.3 | 3 | 2 |" in (tmp_path / "out" / "table.md").read_text()
+    assert (
+        "| lookup | all | 50.0 | 50.0 | 58.3 | 58.3 | 53.3 | 0.0 | 0.0 | 0.0 | 3 | 2 |"
+        in (tmp_path / "out" / "table.md").read_text()
+    )
+
+
+def test_corner_error_of_a_shift_is_its_length_and_of_a_scale_the_mean_over_corners():
+    assert corner_error(SHIFT, np.eye(3), (20, 30)) == pytest.approx(np.hypot(20, 10))
+    double = np.diag([2.0, 2.0, 1.0])
+    assert corner_error(double, np.eye(3), (4, 5)) == pytest.approx((0 + 4 + 3 + 5) / 4)
+    assert corner_error(3 * double, double, (4, 5)) == pytest.approx(0)  # homographies have no scale of their own
+    assert corner_error(None, SHIFT, (4, 5)) == np.inf
+
+
+def test_homographies_are_estimated_from_the_matches(tmp_path):
+    """Exact matches give the true homography; with all of them 2 pixels to the right, every corner is 2 pixels off."""
+    grid = [(x, y) for x in (3.0, 14.0, 27.0) for y in (2.0, 17.0)]
+    moved = [(x + 20, y - 10) for x, y in grid]
+    found = {10: features_at(grid), 20: features_at(moved), 30: features_at([(x + 2, y) for x, y in moved])}
+    write_sequence(tmp_path / "data" / "wall", [10, 20, 30])
+    results = evaluate_hpatches(tmp_path / "data", tmp_path / "out", method=lookup(found)[0])
+    assert [p["corner_error"] for p in results["pairs"]] == pytest.approx([0, 2], abs=1e-3)
+    # recall: 1/2 from 0 on, rising to 1 at 2 pixels; nothing but the first pair counts at 1
+    assert results["homography_auc"]["all"] == pytest.approx([0.5, (2 * 0.75 + 1) / 3, (2 * 0.75 + 3) / 5], abs=1e-3)
+    assert (tmp_path / "out" / "homography.png").stat().st_size > 0
 
 
 def test_names_without_a_prefix_have_no_subset(tmp_path):
