@@ -13,8 +13,9 @@ from typing import Any
 
 import h5py
 
-from samfeat.pipelines.extract import Features, Method, Progress, extract_images, read_features
+from samfeat.pipelines.extract import Method, Progress, extract_images
 from samfeat.pipelines.files import write_bytes, write_json
+from samfeat.pipelines.formats import Features, read_features
 
 
 def predict(

@@ -1,32 +1,33 @@
-"""Images to features: one interface for every method, and files that other tools read.
+"""Images to features: one interface for every method, and folders of images in files that other tools read.
 
-Features are a dictionary of numpy arrays: ``keypoints`` float32 [K, 2], (x, y), (0, 0) being the centre of the top-left
-pixel; ``scores`` float32 [K], best first; ``descriptors`` float32 [K, D], compared by their dot product; ``image_size``
-int64 [2], (width, height). No keypoint at all is a normal result.
+What features are, :mod:`samfeat.pipelines.formats` says.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
+import os
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import cv2
-import h5py
 import numpy as np
 
 from samfeat.pipelines.files import write_bytes, write_json
+from samfeat.pipelines.formats import Features, d2net_bytes, write_features
+from samfeat.pipelines.parts import Parts, check_config, open_hdf5
 from samfeat.teacher_cache.images import IMAGE_SUFFIXES, read_image
 
 METHODS = ("samfeat", "sift", "orb")
 FORMATS = ("hloc", "d2net")
 OPENCV_KEYPOINTS = 10_000
 
-Features = dict[str, np.ndarray]
 Progress = Callable[[int, int], None]
 
 
@@ -64,7 +65,12 @@ class Extraction(NamedTuple):
 
 
 def load_method(
-    name: str, *, weights: str | Path | None = None, max_keypoints: int | None = None, device: str = "auto"
+    name: str,
+    *,
+    weights: str | Path | None = None,
+    max_keypoints: int | None = None,
+    multiscale: bool | None = None,
+    device: str = "auto",
 ) -> Method:
     """A method by its name.
 
@@ -73,6 +79,8 @@ def load_method(
             product orders like the Hamming distance).
         weights: weights file of ``samfeat``; the other methods have none.
         max_keypoints: the best so many keypoints are kept. None leaves it to the weights file; 10,000 for the others.
+        multiscale: whether ``samfeat`` searches a pyramid of scales too; None leaves it to the weights file. OpenCV's
+            methods always have a pyramid of their own.
         device: where ``samfeat`` runs: ``cpu``, ``cuda``, or ``auto``, which takes a GPU where there is one.
 
     Raises:
@@ -86,13 +94,41 @@ def load_method(
     if name == "samfeat":
         if weights is None:
             raise ValueError("method samfeat needs trained weights: give the .safetensors file that training wrote")
-        return _samfeat(Path(weights), max_keypoints, device)
+        return _samfeat(Path(weights), max_keypoints, multiscale, device)
+    if multiscale is not None:
+        raise ValueError(f"method {name} has its own pyramid of scales: leave multiscale out, or choose samfeat")
     if weights is not None:
         raise ValueError(f"method {name} takes no weights, got {weights}: leave them out, or choose samfeat")
     return _opencv(name, max_keypoints or OPENCV_KEYPOINTS)
 
 
-def _samfeat(weights: Path, max_keypoints: int | None, device: str) -> Method:
+def shrunk(method: Method, max_size: int) -> Method:
+    """The same method on images of at most ``max_size`` pixels on their longer side, with keypoints at full size.
+
+    Larger images are resized by area, as hloc's ``resize_max`` does; points are mapped back by pixel centres.
+
+    Raises:
+        ValueError: no pixel allowed.
+    """
+    if max_size < 1:
+        raise ValueError(f"max_size must be at least 1, got {max_size}")
+
+    def extract(image: np.ndarray) -> Features:
+        full = np.array(image.shape[1::-1], np.int64)
+        factor = max_size / full.max()
+        if factor >= 1:
+            return method(image)
+        size = np.maximum(1, np.round(full * factor)).astype(int)
+        features = method(cv2.resize(image, size.tolist(), interpolation=cv2.INTER_AREA))
+        scale = (full / size).astype(np.float32)
+        keypoints = ((features["keypoints"] + 0.5) * scale - 0.5).astype(np.float32)
+        uncertainty = np.array(scale.mean() * features.get("uncertainty", 1), np.float32)
+        return features | {"keypoints": keypoints, "image_size": full, "uncertainty": uncertainty}
+
+    return Method(method.name, {**method.config, "max_size": max_size}, extract)
+
+
+def _samfeat(weights: Path, max_keypoints: int | None, multiscale: bool | None, device: str) -> Method:
     import torch
 
     from samfeat.student.extractor import SAMFeat
@@ -101,7 +137,8 @@ def _samfeat(weights: Path, max_keypoints: int | None, device: str) -> Method:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device {device!r}: no GPU is usable here, choose cpu or auto")
-    overrides = {} if max_keypoints is None else {"max_keypoints": max_keypoints}
+    options = {"max_keypoints": max_keypoints, "multiscale": multiscale}
+    overrides = {key: value for key, value in options.items() if value is not None}
     extractor = SAMFeat.from_pretrained(weights, **overrides).to(device)
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
     config = {"method": "samfeat", "weights_sha256": digest, **asdict(extractor.extraction)}
@@ -161,6 +198,7 @@ def extract_folder(
     method: Method,
     format: Literal["hloc", "d2net"] = "hloc",
     overwrite: bool = False,
+    threads: int = 1,
     progress: Progress | None = None,
 ) -> Extraction:
     """Features of every image of a folder, or of a list, in a file format of other tools.
@@ -174,6 +212,7 @@ def extract_folder(
         method: what computes the features.
         format: ``hloc`` or ``d2net``.
         overwrite: start anew where the output holds features.
+        threads: images that are read and decoded at a time, ahead of the method.
         progress: called with (done, total) after every image.
 
     Raises:
@@ -184,12 +223,17 @@ def extract_folder(
         raise ValueError(f"unknown format {format!r}: choose one of {', '.join(FORMATS)}")
     paths = list_images(Path(images))
     if format == "hloc":
-        return extract_images(paths, output, method=method, overwrite=overwrite, progress=progress)
-    return _extract_d2net(paths, Path(output), method, overwrite, progress)
+        return extract_images(paths, output, method=method, overwrite=overwrite, threads=threads, progress=progress)
+    return _extract_d2net(paths, Path(output), method, overwrite, threads, progress)
 
 
 def list_images(images: Path) -> dict[str, Path]:
-    """Paths by name (relative, with forward slashes) of a folder's images, or of a list's, in order."""
+    """Paths by name (relative, with forward slashes) of a folder's images, or of a list's, in order.
+
+    Raises:
+        FileNotFoundError: no such folder, list, or listed image.
+        ValueError: no image, or a list that is no text or names something outside its own folder.
+    """
     if images.is_dir():
         found = sorted(path for path in images.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
         if not found:
@@ -203,6 +247,9 @@ def list_images(images: Path) -> dict[str, Path]:
         raise ValueError(f"{images} is not a text file: give a folder, or a list with one image a line") from None
     if not names:
         raise ValueError(f"{images} lists no image: write one path a line")
+    outside = [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]
+    if outside:
+        raise ValueError(f"{images} lists {outside[0]!r}: put the list into the images' folder, and paths below it")
     missing = [name for name in names if not (images.parent / name).is_file()]
     if missing:
         raise FileNotFoundError(
@@ -218,9 +265,13 @@ def extract_images(
     method: Method,
     overwrite: bool = False,
     verify: bool = False,
+    threads: int = 1,
     progress: Progress | None = None,
 ) -> Extraction:
-    """Features of images into one HDF5 file of hloc's layout, in the order of ``paths``; complete ones are kept.
+    """Features of images into one HDF5 file of hloc's layout; complete ones are kept.
+
+    The file appears, or grows, when the last image is done. Until then the features are in a folder beside it (see
+    :mod:`samfeat.pipelines.parts`), where a run that was killed goes on.
 
     Args:
         paths: image by name.
@@ -228,6 +279,7 @@ def extract_images(
         method: what computes the features. Its configuration is written into the file, and must agree on a second run.
         overwrite: start anew.
         verify: read the images of complete features too, and refuse features of an image that has changed since.
+        threads: images that are read and decoded at a time, ahead of the method.
         progress: called with (done, total) after every image.
 
     Raises:
@@ -235,109 +287,96 @@ def extract_images(
         OSError: the file is damaged.
     """
     output = Path(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    digests: dict[str, str] = {}
     if overwrite:
         output.unlink(missing_ok=True)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with _open(output, "a") as file:
-        _check_config(json.loads(file.attrs.get("config", "null")), method, output)
-        file.attrs["config"] = json.dumps(dict(method.config))
-        file.pop(_PARTIAL, None)
-        digests = {name: file[name].attrs.get("sha256") for name in paths if name in file}
+        Parts.discard(output)
+    if output.exists():
+        with open_hdf5(output) as file:
+            check_config(json.loads(file.attrs.get("config", "null")), method.config, output)
+            digests = {name: file[name].attrs.get("sha256") for name in paths if name in file}
+    parts = Parts(output, method.config)
+    kept = [name for name in paths if name not in digests and name in parts]
     if verify:
-        for name, digest in digests.items():
+        digests_of_all = digests | {name: str(parts[name]["sha256"]) for name in kept}
+        for name, digest in digests_of_all.items():
             if hashlib.sha256(paths[name].read_bytes()).hexdigest() != digest:
                 raise ValueError(f"{paths[name]} has changed since {output} was written: overwrite the stored features")
     written: list[str] = []
     failed: dict[str, str] = {}
-    missing = {name: path for name, path in paths.items() if name not in digests}
-    for name, data, features in _computed(missing, method, failed, progress):
-        with _open(output, "a") as file:
-            write_features(file, name, features)
-            file[name].attrs["sha256"] = hashlib.sha256(data).hexdigest()
+    missing = {name: path for name, path in paths.items() if name not in digests and name not in kept}
+    for name, digest, features in _computed(missing, method, failed, threads, progress):
+        parts.add(name, {**features, "sha256": np.array(digest)})
         written.append(name)
-    return Extraction(written, list(digests), failed)
-
-
-_PARTIAL = ".partial"
-
-
-def write_features(file: h5py.File, name: str, features: Features) -> None:
-    """Adds a group that hloc reads: keypoints [K, 2], scores [K], descriptors [D, K] (transposed), image_size [2].
-
-    The group appears under its name once it is complete. ``keypoints`` carries hloc's attribute ``uncertainty``, the
-    localisation error in pixels (1).
-    """
-    file.pop(_PARTIAL, None)
-    group = file.create_group(_PARTIAL)
-    for key, values in features.items():
-        group.create_dataset(key, data=values.T if key == "descriptors" else values)
-    group["keypoints"].attrs["uncertainty"] = 1.0
-    file.flush()
-    file.move(_PARTIAL, name)
-
-
-def read_features(file: h5py.File, name: str) -> Features:
-    """Features of one image of a file of hloc's layout, descriptors [K, D] again.
-
-    Raises:
-        KeyError: the file has no such image.
-    """
-    features = {key: dataset[()] for key, dataset in file[name].items()}
-    features["descriptors"] = np.ascontiguousarray(features["descriptors"].T)
-    return features
+    if written or kept or not output.exists():
+        with parts.packed() as file:
+            file.attrs["config"] = json.dumps(dict(method.config))
+            for name in paths:
+                if name in parts and name not in file:
+                    features = parts[name]
+                    digest = str(features.pop("sha256"))
+                    write_features(file, name, features)
+                    file[name].attrs["sha256"] = digest
+    else:
+        parts.remove()
+    return Extraction(written, [name for name in paths if name in digests or name in kept], failed)
 
 
 def _extract_d2net(
-    paths: Mapping[str, Path], output: Path, method: Method, overwrite: bool, progress: Progress | None
+    paths: Mapping[str, Path],
+    output: Path,
+    method: Method,
+    overwrite: bool,
+    threads: int,
+    progress: Progress | None,
 ) -> Extraction:
     record = output / f"{method.name}.json"
     if not overwrite and record.exists():
-        _check_config(json.loads(record.read_text()), method, record)
+        check_config(json.loads(record.read_text()), method.config, record)
     write_json(record, dict(method.config))
     targets = {name: output / f"{name}.{method.name}" for name in paths}
     written: list[str] = []
     failed: dict[str, str] = {}
     missing = {name: path for name, path in paths.items() if overwrite or not targets[name].exists()}
-    for name, _, features in _computed(missing, method, failed, progress):
-        buffer = io.BytesIO()
-        keypoints, scores, descriptors = (features[key] for key in ("keypoints", "scores", "descriptors"))
-        np.savez(buffer, keypoints=keypoints, scores=scores, descriptors=descriptors)
-        write_bytes(targets[name], buffer.getvalue())
+    for name, _, features in _computed(missing, method, failed, threads, progress):
+        write_bytes(targets[name], d2net_bytes(features))
         written.append(name)
     return Extraction(written, [name for name in paths if name not in missing], failed)
 
 
 def _computed(
-    paths: Mapping[str, Path], method: Method, failed: dict[str, str], progress: Progress | None
-) -> Iterator[tuple[str, bytes, Features]]:
-    """Name, file and features of every readable image; the others go to ``failed``."""
-    for done, (name, path) in enumerate(paths.items(), start=1):
+    paths: Mapping[str, Path], method: Method, failed: dict[str, str], threads: int, progress: Progress | None
+) -> Iterator[tuple[str, str, Features]]:
+    """Name, SHA-256 of the file and features of every readable image; the others go to ``failed``."""
+    for done, (name, image) in enumerate(_read_ahead(paths, threads), start=1):
         try:
-            data = path.read_bytes()
-            image = read_image(data, name=str(path))
+            digest, pixels = image.result()
         except (ValueError, OSError) as error:
             failed[name] = str(error)
         else:
-            yield name, data, method(image)
+            yield name, digest, method(pixels)
         if progress:
             progress(done, len(paths))
 
 
-def _open(path: Path, mode: str) -> h5py.File:
+def _read_ahead(paths: Mapping[str, Path], threads: int) -> Iterator[tuple[str, Future[tuple[str, np.ndarray]]]]:
+    """Images in order, of which ``threads`` are read while another one is in use."""
+    if threads < 1:
+        raise ValueError(f"threads must be at least 1, got {threads}")
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="read")
     try:
-        return h5py.File(path, mode)
-    except OSError as error:
-        raise OSError(f"{path} cannot be opened as HDF5 ({error}): another program holds it, or delete it") from None
+        rest = iter(paths.items())
+        ahead = deque((name, pool.submit(_read, path)) for name, path in islice(rest, threads))
+        while ahead:
+            first = ahead.popleft()
+            ahead.extend((name, pool.submit(_read, path)) for name, path in islice(rest, 1))
+            yield first
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def _check_config(stored: Mapping[str, Any] | None, method: Method, where: Path) -> None:
-    """Refuses to continue features of another configuration; None = nothing stored yet."""
-    wanted = json.loads(json.dumps(dict(method.config)))
-    if stored is None or stored == wanted:
-        return
-    changes = ", ".join(
-        f"{key} {stored.get(key)!r} there, {wanted.get(key)!r} here"
-        for key in sorted(stored.keys() | wanted.keys())
-        if stored.get(key) != wanted.get(key)
-    )
-    raise ValueError(f"{where} holds features of another configuration ({changes}): choose another file, or overwrite")
+def _read(path: Path) -> tuple[str, np.ndarray]:
+    """SHA-256 of a file, and its pixels."""
+    data = path.read_bytes()
+    return hashlib.sha256(data).hexdigest(), read_image(data, name=os.fspath(path))

@@ -15,21 +15,159 @@ Matches are int64 [M, 2]: indices into the features of one image and of the othe
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import h5py
 import numpy as np
 import pycolmap
 
 from samfeat.pipelines.files import umask
+from samfeat.pipelines.parts import open_hdf5
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Features = dict[str, np.ndarray]
-Progress = Callable[[int, int], None]
 
 COLMAP_ORIGIN = 0.5  # where COLMAP puts the centre of the top-left pixel, in x and in y
+
+
+class FeatureFile(Mapping[str, Features]):
+    """Features by image name of an HDF5 file of hloc's layout, read when asked for; descriptors [K, D] again.
+
+    Raises:
+        OSError: no such file, or it is no HDF5 file.
+        ValueError: it holds no local features; and when asked for an image whose arrays do not fit together.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        names: list[str] = []
+        with open_hdf5(self.path) as file:
+            file.visititems(lambda name, entry: names.append(name) if "keypoints" in _datasets(entry) else None)
+            self.config: dict[str, Any] | None = json.loads(file.attrs.get("config", "null"))
+        if not names:
+            raise ValueError(f"{self.path} holds no features: give a file that `extract`, or hloc, wrote")
+        self._names = sorted(names)
+
+    def __getitem__(self, name: str) -> Features:
+        with open_hdf5(self.path) as file:
+            try:
+                return read_features(file, name)
+            except ValueError as error:
+                raise ValueError(f"{self.path}: {error}") from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def write_features(file: h5py.File, name: str, features: Features) -> None:
+    """Adds a group that hloc reads: keypoints [K, 2], scores [K], descriptors [D, K] (transposed), image_size [2].
+
+    Everything keeps its precision; hloc's own files may hold half floats, which is up to half a pixel for keypoints
+    beyond 1024. ``keypoints`` carries hloc's attribute ``uncertainty``, the localisation error in pixels.
+    """
+    group = file.create_group(name)
+    for key, values in features.items():
+        if key != "uncertainty":
+            group.create_dataset(key, data=values.T if key == "descriptors" else values)
+    group["keypoints"].attrs["uncertainty"] = float(features.get("uncertainty", 1.0))
+
+
+def read_features(file: h5py.File, name: str) -> Features:
+    """Features of one image of a file of hloc's layout, descriptors [K, D] again.
+
+    Raises:
+        KeyError: the file has no such image.
+        ValueError: arrays are missing or of other shapes.
+    """
+    features = {key: dataset[()] for key, dataset in file[name].items() if isinstance(dataset, h5py.Dataset)}
+    if "descriptors" in features:
+        features["descriptors"] = np.ascontiguousarray(features["descriptors"].T)
+    shapes = {key: values.shape for key, values in features.items()}
+    count = (shapes.get("keypoints") or (0,))[0]
+    width = (shapes.get("descriptors") or (0, 0))[-1]
+    wanted = {"keypoints": (count, 2), "descriptors": (count, width), "image_size": (2,)}
+    wrong = [key for key, shape in wanted.items() if shapes.get(key) != shape]
+    if wrong:
+        raise ValueError(
+            f"{name} holds no local features of hloc's layout: {wrong[0]} is {shapes.get(wrong[0], 'missing')}"
+        )
+    return features
+
+
+def _datasets(entry: h5py.Group | h5py.Dataset) -> list[str]:
+    return list(entry) if isinstance(entry, h5py.Group) else []
+
+
+def write_matches(file: h5py.File, pair: tuple[str, str], found: Mapping[str, np.ndarray], count0: int) -> None:
+    """Adds a group that hloc reads as the matches of two images.
+
+    Its name is both names with ``-`` for ``/``, joined by ``/``. ``matches0`` int32 [count0] is the feature of the
+    second image for each of the first, or -1; ``matching_scores0`` float32 [count0] the dot product, or 0.
+
+    Args:
+        file: open for writing.
+        pair: names of the two images.
+        found: ``matches`` int64 [M, 2] and ``scores`` float32 [M].
+        count0: number of features of the first image.
+    """
+    group = file.create_group("/".join(name.replace("/", "-") for name in pair))
+    index0, index1 = found["matches"].T
+    matches0, scores0 = np.full(count0, -1, np.int32), np.zeros(count0, np.float32)
+    matches0[index0], scores0[index0] = index1, found["scores"]
+    group.create_dataset("matches0", data=matches0)
+    group.create_dataset("matching_scores0", data=scores0)
+
+
+def d2net_bytes(features: Features) -> bytes:
+    """An npz file as D2-Net writes it: ``keypoints`` [K, 2], ``scores`` [K], ``descriptors`` [K, D]."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **{key: features[key] for key in ("keypoints", "scores", "descriptors")})
+    return buffer.getvalue()
+
+
+class KorniaFeatures(NamedTuple):
+    """What kornia's matchers and ``LocalFeature`` modules pass on.
+
+    Attributes:
+        lafs: local affine frames, float32 [1, K, 2, 3].
+        responses: float32 [1, K].
+        descriptors: float32 [1, K, D].
+    """
+
+    lafs: Tensor
+    responses: Tensor
+    descriptors: Tensor
+
+
+def to_kornia(features: Mapping[str, Any], *, scale: float = 1.0) -> KorniaFeatures:
+    """Features, arrays or tensors, as kornia's local affine frames: upright, and all of one size.
+
+    Args:
+        features: what ``SAMFeat.extract``, a method or :class:`FeatureFile` gives.
+        scale: of every frame, in pixels. SAMFeat measures no size of a keypoint.
+    """
+    import torch
+    from kornia.feature import laf_from_center_scale_ori
+
+    keypoints, scores, descriptors = (
+        torch.as_tensor(features[key]).float()[None] for key in ("keypoints", "scores", "descriptors")
+    )
+    count = keypoints.shape[1]
+    scales = torch.full((1, count, 1, 1), scale, device=keypoints.device)
+    lafs = laf_from_center_scale_ori(keypoints, scales, torch.zeros_like(scales[..., 0]))
+    return KorniaFeatures(lafs, scores, descriptors)
 
 
 def write_colmap_database(
