@@ -133,7 +133,8 @@ def write_matches(file: h5py.File, pair: tuple[str, str], found: Mapping[str, np
 def d2net_bytes(features: Features) -> bytes:
     """An npz file as D2-Net writes it: ``keypoints`` [K, 2], ``scores`` [K], ``descriptors`` [K, D]."""
     buffer = io.BytesIO()
-    np.savez(buffer, **{key: features[key] for key in ("keypoints", "scores", "descriptors")})
+    keypoints, scores, descriptors = (features[key] for key in ("keypoints", "scores", "descriptors"))
+    np.savez(buffer, keypoints=keypoints, scores=scores, descriptors=descriptors)
     return buffer.getvalue()
 
 

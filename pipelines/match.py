@@ -164,9 +164,9 @@ def match_pairs(
         with parts.packed() as file:
             file.clear()
             for pair in pairs:
-                found = parts[_key(pair)]
-                write_matches(file, pair, found, int(found["count0"]))
-                total += len(found["matches"])
+                part = parts[_key(pair)]
+                write_matches(file, pair, part, int(part["count0"]))
+                total += len(part["matches"])
     else:
         matches = {pair: parts[_key(pair)]["matches"] for pair in pairs}
         total = sum(map(len, matches.values()))

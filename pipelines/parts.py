@@ -52,7 +52,7 @@ class Parts:
     def add(self, key: str, arrays: Mapping[str, np.ndarray]) -> None:
         """Keeps a part."""
         buffer = io.BytesIO()
-        np.savez(buffer, **arrays)
+        np.savez(buffer, **arrays)  # type: ignore[arg-type]
         write_bytes(self._path(key), buffer.getvalue())
 
     @contextmanager
@@ -82,7 +82,8 @@ class Parts:
         shutil.rmtree(_folder(output), ignore_errors=True)
 
     def _path(self, key: str) -> Path:
-        return self.folder / f"{hashlib.sha256(f'{self._salt}\n{key}'.encode()).hexdigest()[:32]}.npz"
+        digest = hashlib.sha256((self._salt + key).encode()).hexdigest()
+        return self.folder / f"{digest[:32]}.npz"
 
 
 def _folder(output: Path) -> Path:

@@ -77,7 +77,7 @@ def export_onnx(path: str | os.PathLike[str], extractor: SAMFeat, *, keypoints: 
         ValueError: a package is missing, no K is known or it is not positive, or the extractor works on several scales.
         OSError: the file cannot be written.
     """
-    require_packages()
+    check_packages()
     if keypoints is None:
         keypoints = extractor.extraction.max_keypoints
     if keypoints is None or keypoints < 1:
@@ -109,7 +109,7 @@ def export_onnx(path: str | os.PathLike[str], extractor: SAMFeat, *, keypoints: 
     write_bytes(path, proto.SerializeToString(deterministic=True))
 
 
-def require_packages() -> None:
+def check_packages() -> None:
     """Refuse to go on without the packages of the optional extra ``onnx``.
 
     Raises:
@@ -126,8 +126,8 @@ def compare(path: str | os.PathLike[str], extractor: SAMFeat, image: Float[Tenso
     Raises:
         ValueError: the file is not such a model, or a package is missing.
     """
-    require_packages()
-    import onnxruntime
+    check_packages()
+    import onnxruntime  # type: ignore[import-untyped]
 
     try:
         session = onnxruntime.InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
