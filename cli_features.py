@@ -1,4 +1,4 @@
-"""Commands that use features: extract, match, evaluate. Options and one call each, as in :mod:`samfeat.cli`."""
+"""Commands that use features and weights. Options and one call each, as in :mod:`samfeat.cli`."""
 
 from __future__ import annotations
 
@@ -21,6 +21,13 @@ class FeatureFormat(StrEnum):
     d2net = "d2net"
 
 
+class Estimator(StrEnum):
+    """What verifies matches."""
+
+    magsac = "magsac"
+    poselib = "poselib"
+
+
 class Verification(StrEnum):
     """Geometric verification of matches."""
 
@@ -40,6 +47,10 @@ WeightsOption = Annotated[
 KeypointsOption = Annotated[
     int | None, typer.Option(min=1, help="Keep at most so many keypoints an image, best first.")
 ]
+RatioOption = Annotated[
+    float | None,
+    typer.Option(help="Keep matches nearer than this multiple of the second best, at unit length; 0.8 is common."),
+]
 
 
 @features.command()
@@ -52,15 +63,28 @@ def extract(
         FeatureFormat, typer.Option("--format", help="hloc's HDF5, or D2-Net's npz.")
     ] = FeatureFormat.hloc,
     max_keypoints: KeypointsOption = None,
+    max_size: Annotated[
+        int | None, typer.Option(min=16, help="Shrink images whose longer side is longer; keypoints stay at full size.")
+    ] = None,
+    multiscale: Annotated[
+        bool | None, typer.Option("--multiscale/--single-scale", help="Scales 1 to 0.3 too; as in the weights file.")
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Images that are read ahead.")] = 2,
     device: DeviceOption = Device.auto,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew.")] = False,
 ) -> None:
     """Extract features of many images. Run again to go on after an interruption."""
     must_exist(images, *([weights] if weights else []))
     from samfeat.pipelines.extract import extract_folder
+    from samfeat.pipelines.methods import shrunk
 
-    chosen = _method(method, weights, max_keypoints, device)
-    with progress_bar(f"{chosen.name} features") as bar:
-        made = extract_folder(images, output, method=chosen, format=format_.value, progress=bar)
+    chosen = _method(method, weights, max_keypoints, device, multiscale=multiscale)
+    if max_size is not None:
+        chosen = shrunk(chosen, max_size)
+    with progress_bar(f"{chosen.name} features", rate="images/s") as bar:
+        made = extract_folder(
+            images, output, method=chosen, format=format_.value, overwrite=overwrite, threads=threads, progress=bar
+        )
     console.print(
         f"[bold]{output}[/]: features of {len(made.written)} images written, of {len(made.skipped)} there before"
     )
@@ -77,9 +101,9 @@ def match_command(
     out: Annotated[Path, typer.Option(help="Picture of the matches.")] = Path("matches.png"),
     method: MethodOption = "samfeat",
     weights: WeightsOption = None,
-    verify: Annotated[
-        Verification, typer.Option(help="Geometric verification by MAGSAC++.")
-    ] = Verification.fundamental,
+    verify: Annotated[Verification, typer.Option(help="Geometric verification.")] = Verification.fundamental,
+    estimator: Annotated[Estimator, typer.Option(help="OpenCV's MAGSAC++, or poselib.")] = Estimator.magsac,
+    ratio: RatioOption = None,
     max_keypoints: KeypointsOption = None,
     device: DeviceOption = Device.auto,
 ) -> None:
@@ -88,12 +112,90 @@ def match_command(
     from samfeat.pipelines.match import match_images
 
     chosen = _method(method, weights, max_keypoints, device)
-    found = match_images(image0, image1, out, method=chosen, verify=verify.value)
+    found = match_images(
+        image0, image1, out, method=chosen, verify=verify.value, estimator=estimator.value, ratio=ratio
+    )
     kept = "" if found["inliers"] is None else f", [bold]{found['inliers']}[/] of them agree with one {verify.value}"
     drawn = f" ({found['drawn']} drawn)" if found["drawn"] < found["matches"] else ""
     console.print(
         f"{found['keypoints0']} and {found['keypoints1']} keypoints, {found['matches']} mutual matches{kept} "
         f"-> {out}{drawn}"
+    )
+
+
+@features.command("match-pairs")
+def match_pairs_command(
+    features_file: Annotated[Path, typer.Argument(metavar="FEATURES", help="The .h5 file of `extract`, or of hloc.")],
+    output: Annotated[Path, typer.Argument(help="An .h5 file (hloc's matches), or a .db file (COLMAP's database).")],
+    pairs: Annotated[
+        Path | None, typer.Option(help="Text file, two image names a line. Every pair of images by default.")
+    ] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of the images, for the cameras of a database.")] = None,
+    ratio: RatioOption = None,
+    cosine: Annotated[bool, typer.Option("--cosine", help="Compare descriptors at unit length.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew.")] = False,
+) -> None:
+    """Match many images, for hloc or COLMAP. Run again to go on after an interruption."""
+    must_exist(features_file, *([pairs] if pairs else []), *([images] if images else []))
+    from samfeat.pipelines.match import match_pairs, read_pairs
+
+    names = None if pairs is None else read_pairs(pairs)
+    with progress_bar("matches", rate="pairs/s") as bar:
+        made = match_pairs(
+            features_file,
+            output,
+            pairs=names,
+            ratio=ratio,
+            cosine=cosine or ratio is not None,
+            images=images,
+            overwrite=overwrite,
+            progress=bar,
+        )
+    console.print(f"[bold]{output}[/]: {made.matches} matches of {made.pairs} pairs of {made.images} images")
+
+
+@features.command()
+def export(
+    weights: Annotated[Path, typer.Argument(help=".safetensors of `train`, or the authors' .pt.")],
+    output: Annotated[Path, typer.Argument(help="An .onnx, .pt (loads in the authors' code) or .safetensors file.")],
+    max_keypoints: Annotated[
+        int | None, typer.Option(min=1, help="Keypoints that an ONNX model returns, padded; as in the weights file.")
+    ] = None,
+) -> None:
+    """Write trained weights for other programs."""
+    must_exist(weights)
+    from samfeat.student.extractor import SAMFeat
+
+    if output.suffix not in (".onnx", ".pt", ".safetensors"):
+        raise ValueError(f"{output}: weights are written as .onnx, .pt or .safetensors; choose such a name")
+    if output.suffix == ".onnx":
+        from samfeat.student.onnx import check_packages
+
+        check_packages()
+    extractor = SAMFeat.from_pretrained(weights, **({} if max_keypoints is None else {"max_keypoints": max_keypoints}))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if output.suffix == ".safetensors":
+        extractor.save(output)
+    elif output.suffix == ".pt":
+        from samfeat.student.export import save_checkpoint
+
+        save_checkpoint(output, extractor.network)
+    else:
+        _export_onnx(output, extractor)
+    console.print(f"[bold]{output}[/]: {output.stat().st_size / 1e6:.1f} MB")
+
+
+def _export_onnx(output: Path, extractor: Any) -> None:
+    import torch
+
+    from samfeat.student.onnx import compare, export_onnx
+
+    with console.status("tracing the extractor"):
+        export_onnx(output, extractor)
+        agreement = compare(output, extractor, torch.rand(3, 120, 170, generator=torch.Generator().manual_seed(0)))
+    console.print(
+        f"onnxruntime agrees with torch on an image of noise: maps within {agreement.maps:.0e}, "
+        f"{agreement.found} of {agreement.keypoints} keypoints, their descriptors within {agreement.features:.0e}"
     )
 
 
@@ -141,7 +243,8 @@ def evaluate(
     console.print(f"results and figures in [bold]{out}[/]")
 
 
-def _method(name: str, weights: Path | None, max_keypoints: int | None, device: Device) -> Any:
-    from samfeat.pipelines.extract import load_method
+def _method(name: str, weights: Path | None, max_keypoints: int | None, device: Device, **options: Any) -> Any:
+    from samfeat.pipelines.methods import load_method
 
-    return load_method(name, weights=weights, max_keypoints=max_keypoints, device=device.value)
+    chosen = {key: value for key, value in options.items() if value is not None}
+    return load_method(name, weights=weights, max_keypoints=max_keypoints, device=device.value, **chosen)

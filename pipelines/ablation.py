@@ -27,9 +27,9 @@ import torch
 from samfeat.pipelines.ablation_report import VALIDATION, write_report
 from samfeat.pipelines.ablation_tables import Ablations, Row, Run, Table, load_ablations, plan_runs
 from samfeat.pipelines.checkpoint import NAMES as CHECKPOINTS
-from samfeat.pipelines.extract import load_method
 from samfeat.pipelines.files import write_json
 from samfeat.pipelines.hpatches import evaluate_hpatches, find_sequences, homographies_sha256
+from samfeat.pipelines.methods import load_method
 from samfeat.pipelines.train import Progress as TrainingProgress
 from samfeat.pipelines.train import train
 from samfeat.pipelines.validation import Validation, hold_out

@@ -32,8 +32,9 @@ from scipy.spatial import cKDTree
 
 from samfeat.pipelines.draw import panel, precision_recall_figure, save_png
 from samfeat.pipelines.evaluate import collect_results, write_results, write_table
-from samfeat.pipelines.extract import Progress, check_config
+from samfeat.pipelines.extract import Progress
 from samfeat.pipelines.files import write_bytes
+from samfeat.pipelines.parts import check_config
 from samfeat.pipelines.peers import choose_device
 from samfeat.teacher_cache.edges import thin
 from samfeat.teacher_cache.images import IMAGE_SUFFIXES, read_image

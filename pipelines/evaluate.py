@@ -15,8 +15,10 @@ from typing import Any
 import h5py
 import numpy as np
 
-from samfeat.pipelines.extract import Features, Method, Progress, extract_images, read_features
+from samfeat.pipelines.extract import Progress, extract_images
 from samfeat.pipelines.files import write_bytes, write_json
+from samfeat.pipelines.formats import Features, read_features
+from samfeat.pipelines.methods import Method
 from samfeat.pipelines.peers import StoredFeatures
 
 EVALUATIONS = {

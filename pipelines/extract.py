@@ -1,54 +1,28 @@
-"""Images to features: one interface for every method, and files that other tools read.
-
-Features are a dictionary of numpy arrays: ``keypoints`` float32 [K, 2], (x, y), (0, 0) being the centre of the top-left
-pixel; ``scores`` float32 [K], best first; ``descriptors`` float32 [K, D], compared by their dot product; ``image_size``
-int64 [2], (width, height). No keypoint at all is a normal result.
-"""
+"""Features of whole folders of images, in files that other tools read: resumable, whole or not at all."""
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
-import cv2
-import h5py
 import numpy as np
 
 from samfeat.pipelines.files import write_bytes, write_json
+from samfeat.pipelines.formats import Features, d2net_bytes, write_features
+from samfeat.pipelines.methods import Method
+from samfeat.pipelines.parts import Parts, check_config, open_hdf5
 from samfeat.teacher_cache.images import IMAGE_SUFFIXES, read_image
 
-PEERS = ("aliked", "disk", "xfeat")
-METHODS = ("samfeat", "sift", "orb", *PEERS)
-FEATURE_FILES = (".h5", ".hdf5")
 FORMATS = ("hloc", "d2net")
-OPENCV_KEYPOINTS = 10_000
 
-Features = dict[str, np.ndarray]
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Method:
-    """A feature extractor: uint8 [H, W, 3] in RGB to features.
-
-    Attributes:
-        name: short name, part of file names.
-        config: JSON values that identify the method and all that its features depend on.
-        extract: the function itself.
-    """
-
-    name: str
-    config: Mapping[str, Any]
-    extract: Callable[[np.ndarray], Features]
-
-    def __call__(self, image: np.ndarray) -> Features:
-        """Features of uint8 [H, W, 3]."""
-        return self.extract(image)
 
 
 class Extraction(NamedTuple):
@@ -65,111 +39,6 @@ class Extraction(NamedTuple):
     failed: dict[str, str]
 
 
-def load_method(
-    name: str,
-    *,
-    weights: str | Path | None = None,
-    max_keypoints: int | None = None,
-    device: str = "auto",
-    **options: Any,
-) -> Method:
-    """A method by its name.
-
-    Args:
-        name: ``samfeat``, ``sift`` (unit L2 descriptors, not RootSIFT) or ``orb`` (bits as +-1/16, so that the dot
-            product orders like the Hamming distance).
-        weights: weights file of ``samfeat``; the other methods have none.
-        max_keypoints: the best so many keypoints are kept. None leaves it to the weights file; 10,000 for the others.
-        device: where networks run: ``cpu``, ``cuda``, or ``auto``, which takes a GPU where there is one.
-        **options: extraction options of ``samfeat`` that differ from those in the weights file
-            (:class:`samfeat.student.extractor.ExtractionConfig`).
-
-    Raises:
-        ValueError: unknown name, weights or options missing, superfluous or damaged, or no keypoint allowed.
-        FileNotFoundError: the weights do not exist.
-    """
-    if name not in METHODS and not name.endswith(FEATURE_FILES):
-        raise ValueError(f"unknown method {name!r}: choose one of {', '.join(METHODS)}, or a .h5 file of features")
-    if max_keypoints is not None and max_keypoints < 1:
-        raise ValueError(f"max_keypoints must be at least 1, got {max_keypoints}")
-    if name in PEERS or name.endswith(FEATURE_FILES):
-        from samfeat.pipelines.peers import load_peer
-
-        return load_peer(name, weights, max_keypoints=max_keypoints, device=device)
-    if name == "samfeat":
-        if weights is None:
-            raise ValueError("method samfeat needs trained weights: give the .safetensors file that training wrote")
-        if max_keypoints is not None:
-            options["max_keypoints"] = max_keypoints
-        return _samfeat(Path(weights), device, options)
-    if options:
-        raise ValueError(f"method {name} has no options, got {', '.join(options)}: leave them out, or choose samfeat")
-    if weights is not None:
-        raise ValueError(f"method {name} takes no weights, got {weights}: leave them out, or choose samfeat")
-    return _opencv(name, max_keypoints or OPENCV_KEYPOINTS)
-
-
-def _samfeat(weights: Path, device: str, options: Mapping[str, Any]) -> Method:
-    import torch
-
-    from samfeat.student.extractor import SAMFeat
-
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device {device!r}: no GPU is usable here, choose cpu or auto")
-    extractor = SAMFeat.from_pretrained(weights, **options).to(device)
-    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-    config = {"method": "samfeat", "weights_sha256": digest, **asdict(extractor.extraction)}
-
-    def extract(image: np.ndarray) -> Features:
-        return {key: values.cpu().numpy() for key, values in extractor.extract(image).items()}
-
-    return Method("samfeat", config, extract)
-
-
-def _opencv(name: str, max_keypoints: int) -> Method:
-    detector: cv2.Feature2D
-    if name == "sift":
-        detector = cv2.SIFT.create(nfeatures=max_keypoints, enable_precise_upscale=True)
-    else:
-        detector = cv2.ORB.create(nfeatures=max_keypoints)
-
-    def extract(image: np.ndarray) -> Features:
-        found, codes = detector.detectAndCompute(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), None)
-        if codes is None:
-            codes = np.zeros((0, detector.descriptorSize()), np.uint8)
-        descriptors = _unit_length(codes) if name == "sift" else _unit_bits(codes)
-        return _from_opencv(found, descriptors, image, max_keypoints)
-
-    return Method(name, {"method": name, "max_keypoints": max_keypoints, "opencv": cv2.__version__}, extract)
-
-
-def _unit_length(vectors: np.ndarray) -> np.ndarray:
-    vectors = vectors.astype(np.float32)
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9)
-
-
-def _unit_bits(codes: np.ndarray) -> np.ndarray:
-    """Bits as +-1 / sqrt(bits): the dot product of two is 1 - 2 / bits times their Hamming distance."""
-    bits = np.unpackbits(codes, axis=1).astype(np.float32)
-    return (2 * bits - 1) / np.sqrt(np.float32(bits.shape[1]))
-
-
-def _from_opencv(
-    found: Sequence[cv2.KeyPoint], descriptors: np.ndarray, image: np.ndarray, max_keypoints: int
-) -> Features:
-    scores = np.array([keypoint.response for keypoint in found], np.float32)
-    best = np.argsort(-scores, kind="stable")[:max_keypoints]
-    points = np.array([keypoint.pt for keypoint in found], np.float32).reshape(-1, 2)
-    return {
-        "keypoints": points[best],
-        "scores": scores[best],
-        "descriptors": descriptors[best],
-        "image_size": np.array(image.shape[1::-1], np.int64),
-    }
-
-
 def extract_folder(
     images: str | Path,
     output: str | Path,
@@ -177,6 +46,7 @@ def extract_folder(
     method: Method,
     format: Literal["hloc", "d2net"] = "hloc",
     overwrite: bool = False,
+    threads: int = 1,
     progress: Progress | None = None,
 ) -> Extraction:
     """Features of every image of a folder, or of a list, in a file format of other tools.
@@ -190,6 +60,7 @@ def extract_folder(
         method: what computes the features.
         format: ``hloc`` or ``d2net``.
         overwrite: start anew where the output holds features.
+        threads: images that are read and decoded at a time, ahead of the method.
         progress: called with (done, total) after every image.
 
     Raises:
@@ -200,12 +71,17 @@ def extract_folder(
         raise ValueError(f"unknown format {format!r}: choose one of {', '.join(FORMATS)}")
     paths = list_images(Path(images))
     if format == "hloc":
-        return extract_images(paths, output, method=method, overwrite=overwrite, progress=progress)
-    return _extract_d2net(paths, Path(output), method, overwrite, progress)
+        return extract_images(paths, output, method=method, overwrite=overwrite, threads=threads, progress=progress)
+    return _extract_d2net(paths, Path(output), method, overwrite, threads, progress)
 
 
 def list_images(images: Path) -> dict[str, Path]:
-    """Paths by name (relative, with forward slashes) of a folder's images, or of a list's, in order."""
+    """Paths by name (relative, with forward slashes) of a folder's images, or of a list's, in order.
+
+    Raises:
+        FileNotFoundError: no such folder, list, or listed image.
+        ValueError: no image, or a list that is no text or names something outside its own folder.
+    """
     if images.is_dir():
         found = sorted(path for path in images.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
         if not found:
@@ -219,6 +95,9 @@ def list_images(images: Path) -> dict[str, Path]:
         raise ValueError(f"{images} is not a text file: give a folder, or a list with one image a line") from None
     if not names:
         raise ValueError(f"{images} lists no image: write one path a line")
+    outside = [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]
+    if outside:
+        raise ValueError(f"{images} lists {outside[0]!r}: put the list into the images' folder, and paths below it")
     missing = [name for name in names if not (images.parent / name).is_file()]
     if missing:
         raise FileNotFoundError(
@@ -234,9 +113,13 @@ def extract_images(
     method: Method,
     overwrite: bool = False,
     verify: bool = False,
+    threads: int = 1,
     progress: Progress | None = None,
 ) -> Extraction:
-    """Features of images into one HDF5 file of hloc's layout, in the order of ``paths``; complete ones are kept.
+    """Features of images into one HDF5 file of hloc's layout; complete ones are kept.
+
+    The file appears, or grows, when the last image is done. Until then the features are in a folder beside it (see
+    :mod:`samfeat.pipelines.parts`), where a run that was killed goes on.
 
     Args:
         paths: image by name.
@@ -244,6 +127,7 @@ def extract_images(
         method: what computes the features. Its configuration is written into the file, and must agree on a second run.
         overwrite: start anew.
         verify: read the images of complete features too, and refuse features of an image that has changed since.
+        threads: images that are read and decoded at a time, ahead of the method.
         progress: called with (done, total) after every image.
 
     Raises:
@@ -251,60 +135,49 @@ def extract_images(
         OSError: the file is damaged.
     """
     output = Path(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    digests: dict[str, str] = {}
     if overwrite:
         output.unlink(missing_ok=True)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with _open(output, "a") as file:
-        check_config(json.loads(file.attrs.get("config", "null")), method.config, output)
-        file.attrs["config"] = json.dumps(dict(method.config))
-        file.pop(_PARTIAL, None)
-        digests = {name: file[name].attrs.get("sha256") for name in paths if name in file}
+        Parts.discard(output)
+    if output.exists():
+        with open_hdf5(output) as file:
+            check_config(json.loads(file.attrs.get("config", "null")), method.config, output)
+            digests = {name: file[name].attrs.get("sha256") for name in paths if name in file}
+    parts = Parts(output, method.config)
+    kept = [name for name in paths if name not in digests and name in parts]
     if verify:
-        for name, digest in digests.items():
+        digests_of_all = digests | {name: str(parts[name]["sha256"]) for name in kept}
+        for name, digest in digests_of_all.items():
             if hashlib.sha256(paths[name].read_bytes()).hexdigest() != digest:
                 raise ValueError(f"{paths[name]} has changed since {output} was written: overwrite the stored features")
     written: list[str] = []
     failed: dict[str, str] = {}
-    missing = {name: path for name, path in paths.items() if name not in digests}
-    for name, data, features in _computed(missing, method, failed, progress):
-        with _open(output, "a") as file:
-            write_features(file, name, features)
-            file[name].attrs["sha256"] = hashlib.sha256(data).hexdigest()
+    missing = {name: path for name, path in paths.items() if name not in digests and name not in kept}
+    for name, digest, features in _computed(missing, method, failed, threads, progress):
+        parts.add(name, {**features, "sha256": np.array(digest)})
         written.append(name)
-    return Extraction(written, list(digests), failed)
-
-
-_PARTIAL = ".partial"
-
-
-def write_features(file: h5py.File, name: str, features: Features) -> None:
-    """Adds a group that hloc reads: keypoints [K, 2], scores [K], descriptors [D, K] (transposed), image_size [2].
-
-    The group appears under its name once it is complete. ``keypoints`` carries hloc's attribute ``uncertainty``, the
-    localisation error in pixels (1).
-    """
-    file.pop(_PARTIAL, None)
-    group = file.create_group(_PARTIAL)
-    for key, values in features.items():
-        group.create_dataset(key, data=values.T if key == "descriptors" else values)
-    group["keypoints"].attrs["uncertainty"] = 1.0
-    file.flush()
-    file.move(_PARTIAL, name)
-
-
-def read_features(file: h5py.File, name: str) -> Features:
-    """Features of one image of a file of hloc's layout, descriptors [K, D] again.
-
-    Raises:
-        KeyError: the file has no such image.
-    """
-    features = {key: dataset[()] for key, dataset in file[name].items()}
-    features["descriptors"] = np.ascontiguousarray(features["descriptors"].T)
-    return features
+    if written or kept or not output.exists():
+        with parts.packed() as file:
+            file.attrs["config"] = json.dumps(dict(method.config))
+            for name in paths:
+                if name in parts and name not in file:
+                    features = parts[name]
+                    digest = str(features.pop("sha256"))
+                    write_features(file, name, features)
+                    file[name].attrs["sha256"] = digest
+    else:
+        parts.remove()
+    return Extraction(written, [name for name in paths if name in digests or name in kept], failed)
 
 
 def _extract_d2net(
-    paths: Mapping[str, Path], output: Path, method: Method, overwrite: bool, progress: Progress | None
+    paths: Mapping[str, Path],
+    output: Path,
+    method: Method,
+    overwrite: bool,
+    threads: int,
+    progress: Progress | None,
 ) -> Extraction:
     record = output / f"{method.name}.json"
     if not overwrite and record.exists():
@@ -314,46 +187,44 @@ def _extract_d2net(
     written: list[str] = []
     failed: dict[str, str] = {}
     missing = {name: path for name, path in paths.items() if overwrite or not targets[name].exists()}
-    for name, _, features in _computed(missing, method, failed, progress):
-        buffer = io.BytesIO()
-        keypoints, scores, descriptors = (features[key] for key in ("keypoints", "scores", "descriptors"))
-        np.savez(buffer, keypoints=keypoints, scores=scores, descriptors=descriptors)
-        write_bytes(targets[name], buffer.getvalue())
+    for name, _, features in _computed(missing, method, failed, threads, progress):
+        write_bytes(targets[name], d2net_bytes(features))
         written.append(name)
     return Extraction(written, [name for name in paths if name not in missing], failed)
 
 
 def _computed(
-    paths: Mapping[str, Path], method: Method, failed: dict[str, str], progress: Progress | None
-) -> Iterator[tuple[str, bytes, Features]]:
-    """Name, file and features of every readable image; the others go to ``failed``."""
-    for done, (name, path) in enumerate(paths.items(), start=1):
+    paths: Mapping[str, Path], method: Method, failed: dict[str, str], threads: int, progress: Progress | None
+) -> Iterator[tuple[str, str, Features]]:
+    """Name, SHA-256 of the file and features of every readable image; the others go to ``failed``."""
+    for done, (name, image) in enumerate(_read_ahead(paths, threads), start=1):
         try:
-            data = path.read_bytes()
-            image = read_image(data, name=str(path))
+            digest, pixels = image.result()
         except (ValueError, OSError) as error:
             failed[name] = str(error)
         else:
-            yield name, data, method(image)
+            yield name, digest, method(pixels)
         if progress:
             progress(done, len(paths))
 
 
-def _open(path: Path, mode: str) -> h5py.File:
+def _read_ahead(paths: Mapping[str, Path], threads: int) -> Iterator[tuple[str, Future[tuple[str, np.ndarray]]]]:
+    """Images in order, of which ``threads`` are read while another one is in use."""
+    if threads < 1:
+        raise ValueError(f"threads must be at least 1, got {threads}")
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="read")
     try:
-        return h5py.File(path, mode)
-    except OSError as error:
-        raise OSError(f"{path} cannot be opened as HDF5 ({error}): another program holds it, or delete it") from None
+        rest = iter(paths.items())
+        ahead = deque((name, pool.submit(_read, path)) for name, path in islice(rest, threads))
+        while ahead:
+            first = ahead.popleft()
+            ahead.extend((name, pool.submit(_read, path)) for name, path in islice(rest, 1))
+            yield first
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def check_config(stored: Mapping[str, Any] | None, config: Mapping[str, Any], where: Path) -> None:
-    """Refuses to continue features of another configuration; None = nothing stored yet."""
-    wanted = json.loads(json.dumps(dict(config)))
-    if stored is None or stored == wanted:
-        return
-    changes = ", ".join(
-        f"{key} {stored.get(key)!r} there, {wanted.get(key)!r} here"
-        for key in sorted(stored.keys() | wanted.keys())
-        if stored.get(key) != wanted.get(key)
-    )
-    raise ValueError(f"{where} holds features of another configuration ({changes}): choose another file, or overwrite")
+def _read(path: Path) -> tuple[str, np.ndarray]:
+    """SHA-256 of a file, and its pixels."""
+    data = path.read_bytes()
+    return hashlib.sha256(data).hexdigest(), read_image(data, name=os.fspath(path))

@@ -24,7 +24,7 @@ def write_bytes(path: str | Path, data: bytes) -> Path:
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
-        os.chmod(partial, 0o666 & ~_umask())
+        os.chmod(partial, 0o666 & ~umask())
         os.replace(partial, path)
     except BaseException:
         Path(partial).unlink(missing_ok=True)
@@ -37,7 +37,8 @@ def write_json(path: str | Path, values: Any) -> Path:
     return write_bytes(path, (json.dumps(values, indent=2) + "\n").encode())
 
 
-def _umask() -> int:
+def umask() -> int:
+    """The permissions that new files of this process lack."""
     current = os.umask(0)
     os.umask(current)
     return current

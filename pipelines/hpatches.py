@@ -16,8 +16,9 @@ import numpy as np
 
 from samfeat.pipelines.draw import error_figure, mma_figure
 from samfeat.pipelines.evaluate import collect_results, error_auc, predict, write_results, write_table
-from samfeat.pipelines.extract import Method, Progress
+from samfeat.pipelines.extract import Progress
 from samfeat.pipelines.match import estimate, matched_points
+from samfeat.pipelines.methods import Method
 from samfeat.teacher_cache.images import IMAGE_SUFFIXES, read_image
 
 THRESHOLDS = tuple(range(1, 11))

@@ -20,8 +20,10 @@ import pycolmap
 from samfeat.pipelines.camera_poses import Pose, PosedCamera, pose_errors
 from samfeat.pipelines.draw import bar_figure
 from samfeat.pipelines.evaluate import collect_results, predict, write_results, write_table
-from samfeat.pipelines.extract import Features, Method, Progress
+from samfeat.pipelines.extract import Progress
 from samfeat.pipelines.files import write_bytes
+from samfeat.pipelines.formats import Features
+from samfeat.pipelines.methods import Method
 from samfeat.pipelines.posed_scenes import PosedScene, find_posed_scenes
 from samfeat.pipelines.sfm import (
     SEED,

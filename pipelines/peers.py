@@ -1,4 +1,4 @@
-"""Features of other authors by the interface of :mod:`samfeat.pipelines.extract`: networks, and files made elsewhere.
+"""Features of other authors by the interface of :mod:`samfeat.pipelines.methods`: networks, and files made elsewhere.
 
 The networks are kornia's; their weights are the authors' own files, which are not part of this project:
 
@@ -22,12 +22,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from samfeat.pipelines.extract import FEATURE_FILES, PEERS, Features, Method, read_features
+from samfeat.pipelines.formats import Features, read_features
+from samfeat.pipelines.methods import FEATURE_FILES, PEERS, Method, choose_device
 
 MAX_KEYPOINTS = 10_000  # where the caller sets no limit, as for OpenCV's methods
-SMALLEST_SIDE = (
-    32  # pixels; DISK normalises its coarsest map, of 16-pixel cells, which one cell alone has no variance for
-)
+SMALLEST_SIDE = 32  # pixels; DISK normalises its coarsest map, whose cells have 16, and one cell has no variance
 
 _FILES = {"aliked": "aliked-n16rot.pth", "disk": "depth-save.pth", "xfeat": "xfeat.pt"}
 _Network = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]  # images [1, 3, H, W] -> keypoints, scores, descriptors
@@ -88,19 +87,6 @@ def load_peer(
         "kornia": version("kornia"),
     }
     return Method(name, config, extract)
-
-
-def choose_device(device: str) -> str:
-    """A torch device: the given one, or for ``auto`` a GPU where there is one.
-
-    Raises:
-        ValueError: a GPU that is not there.
-    """
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device {device!r}: no GPU is usable here, choose cpu or auto")
-    return device
 
 
 def _aliked(tensors: dict[str, Any], limit: int, device: str) -> _Network:

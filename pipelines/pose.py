@@ -19,9 +19,11 @@ from upath import UPath
 from samfeat.pipelines.camera_poses import Pose, read_cameras, rotation_angle
 from samfeat.pipelines.draw import draw_matches, error_colors, error_figure, panel, save_png
 from samfeat.pipelines.evaluate import collect_results, error_auc, predict, write_results, write_table
-from samfeat.pipelines.extract import Features, Method, Progress
+from samfeat.pipelines.extract import Progress
+from samfeat.pipelines.formats import Features
 from samfeat.pipelines.match import DRAWN, matched_points
 from samfeat.pipelines.megadepth import find_file, read_scene_info
+from samfeat.pipelines.methods import Method
 from samfeat.teacher_cache.images import read_image
 
 THRESHOLDS = (5, 10, 20)  # degrees
@@ -176,7 +178,7 @@ def _read_cameras(path: Path, folder: Path) -> list[PosePair]:
     pairs = []
     for (a, camera0), (b, camera1) in itertools.combinations(sorted(cameras.items()), 2):
         pose = _matrix(camera1.pose) @ np.linalg.inv(_matrix(camera0.pose))
-        names = ((prefix / image).as_posix() for image in (a, b))
+        names = (prefix / a).as_posix(), (prefix / b).as_posix()
         pairs.append(PosePair(*names, camera0.matrix, camera1.matrix, pose))
     return pairs
 

@@ -25,7 +25,9 @@ from samfeat.pipelines.camera_poses import (
 )
 from samfeat.pipelines.draw import bar_figure
 from samfeat.pipelines.evaluate import collect_results, error_auc, predict, write_results, write_table
-from samfeat.pipelines.extract import Features, Method, Progress, list_images
+from samfeat.pipelines.extract import Progress, list_images
+from samfeat.pipelines.formats import Features
+from samfeat.pipelines.methods import Method
 from samfeat.pipelines.sfm import (
     SEED,
     camera_pose,

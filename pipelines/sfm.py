@@ -19,8 +19,9 @@ import numpy as np
 import pycolmap
 
 from samfeat.pipelines.camera_poses import Pose, PosedCamera
-from samfeat.pipelines.extract import Features, Progress
+from samfeat.pipelines.extract import Progress
 from samfeat.pipelines.files import write_json
+from samfeat.pipelines.formats import Features
 from samfeat.pipelines.match import mutual_matches
 
 SEED = 0

@@ -1,4 +1,4 @@
-"""Weights as files: safetensors with provenance, written and read; the authors' released checkpoint, read.
+"""Weights as files, written and read: safetensors with provenance, and the authors' released checkpoint.
 
 A weights file is a safetensors file with one entry of metadata, ``samfeat-weights``, a JSON object: ``version``,
 ``network`` (the fields of ``NetworkConfig``), ``extraction`` (options of ``SAMFeat``) and ``provenance`` (anything that
@@ -8,10 +8,12 @@ says where the weights come from). Equal contents give equal bytes. Nothing is e
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import pickle
 import tempfile
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from samfeat.student.network import NetworkConfig, SAMFeatNetwork, network_preset
+from samfeat.student.network import FEATURE_DIM, NetworkConfig, SAMFeatNetwork, network_preset
 
 FORMAT = "samfeat-weights"
 VERSION = 1
@@ -68,23 +70,57 @@ def save_weights(
         ValueError: ``extraction`` or ``provenance`` holds something that JSON does not know.
         OSError: the file cannot be written.
     """
-    values = {
-        "version": VERSION,
-        "network": dataclasses.asdict(network.config),
-        "extraction": dict(extraction),
-        "provenance": dict(provenance),
-    }
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    metadata = metadata_json(
+        network=dataclasses.asdict(network.config), extraction=dict(extraction), provenance=dict(provenance)
+    )
+    write_bytes(path, save(tensors, {FORMAT: metadata}))
+
+
+def save_checkpoint(path: str | os.PathLike[str], network: SAMFeatNetwork) -> None:
+    """Write the weights of ``network`` as a plain ``.pt`` state dict that the authors' code loads strictly.
+
+    ``conv_det``, which their network has and never uses, is added with zeros where ``network`` has none. Their
+    extractor looks descriptors up as ``sampling="released"`` does; weights trained with ``"exact"`` are read up to half
+    a pixel beside their place there.
+
+    Raises:
+        ValueError: their network computes something else with these weights: another edge attention than ``"row"``, or
+            an attention map from the backbone.
+        OSError: the file cannot be written.
+    """
+    config = network.config
+    if (config.edge_attention, config.attention_source) != ("row", "fused"):
+        raise ValueError(
+            "the authors' network has edge_attention 'row' and attention_source 'fused', these weights "
+            f"{config.edge_attention!r} and {config.attention_source!r}: write safetensors or ONNX instead"
+        )
+    tensors = {name: tensor.detach().cpu().clone() for name, tensor in network.state_dict().items()}
+    zeros = {"conv_det.weight": torch.zeros(1, FEATURE_DIM, 1, 1), "conv_det.bias": torch.zeros(1)}
+    buffer = io.BytesIO()
+    torch.save(OrderedDict(zeros | tensors), buffer)
+    write_bytes(path, buffer.getvalue())
+
+
+def metadata_json(**values: Any) -> str:
+    """Metadata of weights, a JSON object with sorted keys: ``values`` and the version of the format.
+
+    Raises:
+        ValueError: a value that JSON does not know.
+    """
     try:
-        metadata = json.dumps(values, sort_keys=True, allow_nan=False)
+        return json.dumps({"version": VERSION} | values, sort_keys=True, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ValueError(f"extraction and provenance must hold JSON values only: {error}") from error
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
 
+
+def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write a file, whole or not at all; one that exists is replaced in a single step."""
     path = Path(path)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(save(tensors, {FORMAT: metadata}))
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)

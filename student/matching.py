@@ -3,77 +3,105 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional as F
 
 BLOCK_ELEMENTS = 1 << 22  # similarities held at a time: 16 MiB of float32
 
 
 @torch.no_grad()
 def match(
-    features0: Mapping[str, Any], features1: Mapping[str, Any], *, ratio: float | None = None
+    features0: Mapping[str, Any], features1: Mapping[str, Any], *, ratio: float | None = None, cosine: bool = False
 ) -> dict[str, Tensor]:
     """Pairs of features that are each other's best by the dot product of their descriptors.
 
-    The descriptors are taken as they come and never normalised: attention-weighted ones, as the released evaluation
-    matches them, let a feature of high attention win over one of low attention; unit ones give cosine matching. Of
-    equal candidates the first wins. Memory does not grow with the product of the two numbers of features.
+    The descriptors are taken as they come: attention-weighted ones, as the released evaluation matches them, let a
+    feature of high attention win over one of low attention; unit ones give cosine matching. Of equal candidates the
+    first wins. It holds ``BLOCK_ELEMENTS`` similarities at a time (16 MiB), whatever the numbers of features.
 
     Args:
         features0: what ``SAMFeat.extract`` returned for an image; of it ``"descriptors"``, [N, D], torch or numpy.
         features1: the same for another image, [M, D].
         ratio: keep a match only if its Euclidean distance is below ``ratio`` times that from the same feature of image
-            0 to its second best in image 1 (0.8 is common). A ratio of distances means something for **unit**
-            descriptors alone: extract with ``weighted_descriptors=False``.
+            0 to its second best in image 1 (0.8 is common; Lowe, IJCV 2004, section 7.1). It takes **unit**
+            descriptors: ``cosine=True``, or features that were extracted with ``weighted_descriptors=False``.
+        cosine: divide the descriptors by their length first.
 
     Returns:
         ``"matches"``: int64 [K, 2], indices into the first and the second features, ascending by the first;
         ``"scores"``: float32 [K], the dot products. Both on the device of ``features0``.
 
     Raises:
-        ValueError: no descriptors, not two matrices of finite numbers of equal width, or a ratio outside (0, 1].
+        ValueError: no descriptors, not two matrices of finite numbers of equal width, a ratio outside (0, 1], or a
+            ratio for descriptors that are not of unit length.
     """
     if ratio is not None and not 0 < ratio <= 1:
         raise ValueError(f"ratio must lie in (0, 1] or be None, got {ratio}")
     descriptors0, descriptors1 = _descriptors(features0, "features0"), _descriptors(features1, "features1")
     if descriptors0.shape[1] != descriptors1.shape[1]:
         raise ValueError(f"descriptors must be of one width, got {descriptors0.shape[1]} and {descriptors1.shape[1]}")
-    descriptors1 = descriptors1.to(descriptors0.device)
-    count0, count1 = len(descriptors0), len(descriptors1)
-    if count0 == 0 or count1 == 0:
+    descriptors1 = descriptors1.to(descriptors0)
+    if len(descriptors0) == 0 or len(descriptors1) == 0:
         empty = torch.empty((0, 2), dtype=torch.int64, device=descriptors0.device)
         return {"matches": empty, "scores": torch.empty(0, device=descriptors0.device)}
+    if cosine:
+        descriptors0, descriptors1 = F.normalize(descriptors0, dim=1), F.normalize(descriptors1, dim=1)
+    elif ratio is not None and not (_unit_length(descriptors0) and _unit_length(descriptors1)):
+        raise ValueError("a ratio needs descriptors of unit length: match with cosine=True")
 
-    best1 = torch.empty(count0, dtype=torch.int64, device=descriptors0.device)  # best of image 1 for each of image 0
-    best0 = torch.zeros(count1, dtype=torch.int64, device=descriptors0.device)  # and the other way round
-    scores = descriptors0.new_empty(count0)
-    scores0 = descriptors0.new_full((count1,), -torch.inf)
-    distinct = torch.ones(count0, dtype=torch.bool, device=descriptors0.device)
-    rows = max(1, BLOCK_ELEMENTS // count1)
+    best = _best(descriptors0, descriptors1, with_second=ratio is not None)
+    mutual = best.scores == best.scores1[best.indices]
+    if ratio is not None and len(descriptors1) > 1:
+        distances, seconds = ((2 - 2 * cosines).clamp(min=0) for cosines in (best.scores, best.seconds))  # squared
+        mutual &= distances < ratio**2 * seconds
+    index0 = mutual.nonzero().squeeze(1)
+    index1 = best.indices[index0]
+    first = torch.full_like(best.scores1, len(descriptors0), dtype=torch.int64)  # of those that are equally good
+    first.scatter_reduce_(0, index1, index0, "amin")
+    index0 = index0[first[index1] == index0]
+    return {"matches": torch.stack((index0, best.indices[index0]), dim=1), "scores": best.scores[index0].float()}
+
+
+class _Best(NamedTuple):
+    """For every feature of image 0 its best dot product, whose it is, and the second best; for those of image 1 theirs.
+
+    ``seconds`` means something only where it was asked for.
+    """
+
+    scores: Tensor
+    indices: Tensor
+    seconds: Tensor
+    scores1: Tensor
+
+
+def _best(descriptors0: Float[Tensor, "n d"], descriptors1: Float[Tensor, "m d"], *, with_second: bool) -> _Best:
+    """Row by row of the similarities, in one buffer that every block of rows uses again."""
+    count0, count1 = len(descriptors0), len(descriptors1)
+    rows = min(count0, max(1, BLOCK_ELEMENTS // count1))
+    buffer = descriptors0.new_empty((rows, count1))
+    scores, seconds = descriptors0.new_empty((2, count0))
+    indices = torch.empty(count0, dtype=torch.int64, device=descriptors0.device)
+    scores1 = descriptors0.new_full((count1,), -torch.inf)
     for start in range(0, count0, rows):
-        block = slice(start, start + rows)
-        similarity = descriptors0[block] @ descriptors1.T
-        scores[block], best1[block] = similarity.max(dim=1)
-        column_scores, column_best = similarity.max(dim=0)
-        better = column_scores > scores0
-        scores0 = torch.where(better, column_scores, scores0)
-        best0 = torch.where(better, column_best + start, best0)
-        if ratio is not None and count1 > 1:
-            distinct[block] = _passes_ratio(similarity, ratio)
-
-    index0 = torch.arange(count0, device=descriptors0.device)
-    mutual = (best0[best1] == index0) & distinct
-    return {"matches": torch.stack((index0[mutual], best1[mutual]), dim=1), "scores": scores[mutual].float()}
+        block = slice(start, min(start + rows, count0))
+        similarity = buffer[: block.stop - start]
+        torch.mm(descriptors0[block], descriptors1.T, out=similarity)
+        torch.max(similarity, 1, out=(scores[block], indices[block]))
+        torch.maximum(scores1, similarity.amax(0), out=scores1)
+        if with_second:
+            similarity.scatter_(1, indices[block, None], -torch.inf)
+            torch.amax(similarity, 1, out=seconds[block])
+    return _Best(scores, indices, seconds, scores1)
 
 
-def _passes_ratio(similarity: Float[Tensor, "n m"], ratio: float) -> Tensor:
-    """Lowe's test on unit descriptors, whose squared distance is 2 - 2 cos."""
-    squared = (2 - 2 * similarity.topk(2, dim=1).values).clamp(min=0)
-    return squared[:, 0] < ratio**2 * squared[:, 1]
+def _unit_length(descriptors: Float[Tensor, "n d"]) -> bool:
+    """To the digits of half precision, which files of features may have."""
+    return bool(((descriptors.norm(dim=1) - 1).abs() < 1e-2).all())
 
 
 def _descriptors(features: Mapping[str, Any], name: str) -> Tensor:

@@ -10,7 +10,8 @@ import numpy as np
 import pycolmap
 
 from samfeat.pipelines.camera_poses import Pose, PosedCamera
-from samfeat.pipelines.extract import Features, Method
+from samfeat.pipelines.formats import Features
+from samfeat.pipelines.methods import Method
 
 SIZE = (480, 640)
 MATRIX = np.array([[600.0, 0, 325.0], [0, 610, 236.0], [0, 0, 1]])

@@ -20,8 +20,8 @@ from toys import toy_store
 import samfeat.pipelines.ablation as ablation
 from samfeat.pipelines.ablation import VALIDATION, ablate
 from samfeat.pipelines.ablation_tables import Row, Table, load_ablations
-from samfeat.pipelines.extract import load_method
 from samfeat.pipelines.hpatches import evaluate_hpatches
+from samfeat.pipelines.methods import load_method
 
 KILLS = int(os.environ.get("SAMFEAT_KILLS", 4))
 SETTINGS = [

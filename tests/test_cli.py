@@ -20,7 +20,10 @@ from toys import toy_store
 from samfeat import cli
 from samfeat.student.extractor import SAMFeat
 
-VERBS = ("sample", "teacher-cache", "inspect-cache", "train", "ablate", "extract", "match", "evaluate")
+VERBS = (
+    "sample", "teacher-cache", "inspect-cache", "train", "ablate",
+    "extract", "match", "match-pairs", "evaluate", "export",
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -166,6 +169,32 @@ def test_pairs_are_drawn_and_missing_ones_named(run, fails, tmp_path):
     assert "no image" in fails("inspect-cache", "cache", "--image", "moon")
     toy_store(tmp_path / "photos" / "b.zarr", 2, paired=False)
     assert "homography pairs only" in fails("inspect-cache", "photos", "--pair", 0)
+
+
+def test_features_for_hloc_colmap_and_other_programs(run, tmp_path):
+    for k in range(3):
+        photo(tmp_path / "photos" / f"{k}.png", seed=k)
+    SAMFeat("default", detection_threshold=0.0, max_keypoints=30).save(tmp_path / "w.safetensors")
+    options = ("--weights", "w.safetensors", "--max-size", 64, "--multiscale", "--threads", 2)
+    code, _, err = run("extract", "photos", "f.h5", *options)
+    assert code == 0, err
+    for output, more in (("m.h5", ()), ("d.db", ("--images", "photos", "--ratio", 0.9))):
+        code, out, err = run("match-pairs", "f.h5", output, *more)
+        assert (code, "of 3 pairs of 3 images" in out, (tmp_path / output).exists()) == (0, True, True), err
+    for name in ("model.pt", "copy.safetensors"):
+        code, out, err = run("export", "w.safetensors", name)
+        assert (code, name in out) == (0, True), err
+    assert SAMFeat.from_pretrained(tmp_path / "copy.safetensors").extraction.max_keypoints == 30
+
+
+def test_exports_and_pairs_that_cannot_be(fails, tmp_path):
+    SAMFeat("default").save(tmp_path / "w.safetensors")
+    SAMFeat("paper").save(tmp_path / "paper.safetensors")
+    (tmp_path / "no.h5").write_text("text")
+    assert ".onnx, .pt or .safetensors" in fails("export", "w.safetensors", "w.txt")
+    assert "edge_attention" in fails("export", "paper.safetensors", "w.pt")
+    assert "no.h5 cannot be opened as HDF5" in fails("match-pairs", "no.h5", "m.h5")
+    assert "nowhere.h5" in fails("match-pairs", "nowhere.h5", "m.h5")
 
 
 # -- folders and stores ------------------------------------------------------------------------------------------------

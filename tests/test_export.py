@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 from safetensors import safe_open
 
-from samfeat.student.export import FORMAT, load_weights, save_weights
+from samfeat.student.export import FORMAT, load_weights, save_checkpoint, save_weights
 from samfeat.student.network import NetworkConfig, SAMFeatNetwork, network_preset
 
 CONFIG = NetworkConfig(edge_attention="none", attention_source="backbone", sampling="released")
@@ -165,6 +165,40 @@ def test_released_checkpoint(tmp_path, released, zipped):
     assert loaded.config == network_preset("released")
     assert loaded.extraction is None
     assert torch.equal(loaded.state_dict["conv1a.weight"], released["conv1a.weight"])
+
+
+AUTHORS_CODE_NAMES = {
+    *(f"fuse_weight_{k}" for k in (1, 2, 3, 4)),
+    *(
+        f"{layer}.{kind}"
+        for kind in ("weight", "bias")
+        for layer in (
+            *(f"conv{k}{part}" for k in (1, 2, 3, 4) for part in "ab"), *(f"heatmap{k}" for k in (1, 2, 3, 4)),
+            "dist_conv_feat", "dist_conv_fushion", "scalemap", "conv_des", "conv_det", "conv_edg",
+            *(f"egde_module.{part}_conv" for part in ("query", "key", "value")),
+        )
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("preset", ["released", "default"])
+def test_a_checkpoint_for_the_authors_code(tmp_path, preset):
+    network = SAMFeatNetwork(network_preset(preset), generator=torch.Generator().manual_seed(1))
+    save_checkpoint(tmp_path / "m.pt", network)
+    values = torch.load(tmp_path / "m.pt", weights_only=True)
+    assert set(values) == AUTHORS_CODE_NAMES
+    assert sum(value.numel() for value in values.values()) == 2_109_652  # what their network counts
+    theirs = load_weights(tmp_path / "m.pt").network()  # strictly
+    image = torch.rand((1, 3, 32, 48), generator=torch.Generator().manual_seed(2)) * 2 - 1
+    with torch.no_grad():
+        for ours, other in zip(network(image)[:5], theirs(image)[:5]):
+            assert torch.equal(ours, other)
+
+
+def test_what_the_authors_code_cannot_compute(tmp_path):
+    with pytest.raises(ValueError, match=r"edge_attention 'row'.*these weights 'pixel' and 'backbone'"):
+        save_checkpoint(tmp_path / "m.pt", SAMFeatNetwork(network_preset("paper")))
+    assert not list(tmp_path.iterdir())
 
 
 def test_prefixed_checkpoint_names_missing_and_unexpected_tensors(tmp_path, released):

@@ -1,4 +1,7 @@
 import json
+import os
+import signal
+import time
 from pathlib import Path
 
 import cv2
@@ -6,7 +9,9 @@ import h5py
 import numpy as np
 import pytest
 
-from samfeat.pipelines.extract import Features, Method, extract_folder, load_method, read_features
+from samfeat.pipelines.extract import extract_folder
+from samfeat.pipelines.formats import Features, read_features
+from samfeat.pipelines.methods import Method, load_method, shrunk
 
 
 @pytest.fixture
@@ -109,6 +114,7 @@ def test_nothing_to_see_is_a_normal_result(name):
         ({"name": "samfeat"}, "weights"),
         ({"name": "sift", "weights": "some.safetensors"}, "no weights"),
         ({"name": "sift", "max_keypoints": 0}, "at least 1"),
+        ({"name": "orb", "multiscale": True}, "pyramid"),
     ],
 )
 def test_bad_methods_are_refused(arguments, message):
@@ -127,6 +133,8 @@ def test_samfeat_from_its_weights_file(tmp_path, photo):
     assert features["keypoints"] == pytest.approx(expected["keypoints"][:20].numpy())
     assert features["descriptors"] == pytest.approx(expected["descriptors"][:20].numpy())
     assert method.config["max_keypoints"] == 20
+    many = load_method("samfeat", weights=tmp_path / "a.safetensors", multiscale=True, device="cpu")
+    assert len(many(photo)["scores"]) > len(expected["scores"])
     assert json.loads(json.dumps(dict(method.config))) == method.config
     with pytest.raises(FileNotFoundError, match="absent"):
         load_method("samfeat", weights=tmp_path / "absent.safetensors")
@@ -177,20 +185,100 @@ def test_an_interrupted_run_goes_on(folder, tmp_path, format):
     assert extract.calls == 3
 
 
-def test_half_a_group_is_not_taken_for_features(folder, tmp_path, monkeypatch):
+def test_a_killed_run_loses_nothing_but_the_image_it_was_at(tmp_path, photo):
+    """SIGKILL again and again: in the end the features are those of an undisturbed run."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "images").mkdir()
+    for k in range(60):
+        cv2.imwrite(str(tmp_path / "images" / f"{k:03}.png"), photo[k:, k:])
+
+    def noted(image: np.ndarray) -> Features:
+        with (tmp_path / "calls").open("a") as file:
+            file.write("x")
+        return Counting()(image) | {"descriptors": np.full((1, 5000), image.mean(), np.float32)}
+
+    method = Method("noted", {"method": "noted"}, noted)
+    kills, status = 0, None
+    while status is None:
+        child = os.fork()
+        if child == 0:
+            try:
+                extract_folder(tmp_path / "images", tmp_path / "f.h5", method=method, threads=2)
+                os._exit(0)
+            finally:
+                os._exit(1)
+        if kills < 12:
+            time.sleep(rng.uniform(0.005, 0.06))
+            os.kill(child, signal.SIGKILL)
+        status = os.WEXITSTATUS(code) if os.WIFEXITED(code := os.waitpid(child, 0)[1]) else None
+        kills += status is None
+    assert status == 0
+    assert kills >= 3
+    assert 60 <= (tmp_path / "calls").stat().st_size <= 60 + kills
+    extract_folder(tmp_path / "images", tmp_path / "whole.h5", method=method)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["calls", "f.h5", "images", "whole.h5"]
+    with h5py.File(tmp_path / "f.h5") as killed, h5py.File(tmp_path / "whole.h5") as whole:
+        assert list(killed) == list(whole)
+        for name in whole:
+            for key, values in whole[name].items():
+                np.testing.assert_array_equal(killed[name][key], values)
+
+
+def test_a_full_disk_keeps_what_is_done(folder, tmp_path, monkeypatch):
     output = tmp_path / "feats.h5"
-    method, _ = counting()
+    method, extract = counting()
 
     def full(*_):
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(h5py.File, "move", full)
+        patch.setattr("samfeat.pipelines.extract.write_features", full)
         with pytest.raises(OSError, match="disk full"):
             extract_folder(folder, output, method=method)
-    assert extract_folder(folder, output, method=method).written == ["b.png", "deep/a.ppm"]
+    assert not output.exists()
+    summary = extract_folder(folder, output, method=method)
+    assert (summary.skipped, extract.calls) == (["b.png", "deep/a.ppm"], 2)
     with h5py.File(output) as file:
         assert sorted(file) == ["b.png", "deep"]
+
+
+def test_a_file_grows_with_its_folder(folder, tmp_path, photo):
+    method = counting()[0]
+    extract_folder(folder, tmp_path / "f.h5", method=method)
+    cv2.imwrite(str(folder / "c.png"), photo)
+    summary = extract_folder(folder, tmp_path / "f.h5", method=method)
+    assert (summary.written, summary.skipped) == (["c.png"], ["b.png", "deep/a.ppm"])
+    with h5py.File(tmp_path / "f.h5") as file:
+        assert sorted(file) == ["b.png", "c.png", "deep"]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_reading_ahead_changes_nothing(folder, tmp_path, photo, threads):
+    for k in range(6):
+        cv2.imwrite(str(folder / f"more{k}.png"), photo[k:])
+    (folder / "more3.png").write_bytes(b"")
+    summary = extract_folder(folder, tmp_path / "f.h5", method=counting()[0], threads=threads)
+    assert summary.written == ["b.png", "deep/a.ppm", *(f"more{k}.png" for k in (0, 1, 2, 4, 5))]
+    assert list(summary.failed) == ["more3.png"]
+    with h5py.File(tmp_path / "f.h5") as file:
+        assert [file[name]["image_size"][1] for name in summary.written] == [160, 160, 160, 159, 158, 156, 155]
+
+
+def test_a_limited_size_moves_keypoints_by_pixel_centres(photo):
+    """A blob of a large image is found where it is, though the method saw a quarter of the size."""
+    y, x = np.mgrid[:320, :400]
+    blob = 40 + 180 * np.exp(-((x - 201.3) ** 2 + (y - 150.6) ** 2) / (2 * 20.0**2))
+    image = np.repeat(blob.round().astype(np.uint8)[..., None], 3, 2)
+    method = shrunk(load_method("sift"), 100)
+    features = method(image)
+    assert features["keypoints"][0] == pytest.approx([201.3, 150.6], abs=0.3)
+    assert features["image_size"].tolist() == [400, 320]
+    assert features["uncertainty"] == 4
+    assert method.config["max_size"] == 100
+    small = shrunk(load_method("sift"), 400)(image)
+    assert "uncertainty" not in small
+    with pytest.raises(ValueError, match="at least 1"):
+        shrunk(method, 0)
 
 
 @pytest.mark.parametrize("format", ["hloc", "d2net"])
@@ -219,6 +307,9 @@ def test_a_list_names_images_relative_to_itself(folder, tmp_path):
         "deep/a.ppm",
         "b.png",
     ]
+    (folder / "list.txt").write_text("../images/b.png\n")
+    with pytest.raises(ValueError, match="paths below it"):
+        extract_folder(folder / "list.txt", tmp_path / "f.h5", method=counting()[0])
     (folder / "list.txt").write_text("gone.png\n")
     with pytest.raises(FileNotFoundError, match=r"gone\.png"):
         extract_folder(folder / "list.txt", tmp_path / "f.h5", method=counting()[0])

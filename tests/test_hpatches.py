@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from samfeat.pipelines.extract import Features, Method, load_method
+from samfeat.pipelines.formats import Features
 from samfeat.pipelines.hpatches import (
     TOO_LARGE,
     corner_error,
@@ -17,6 +17,7 @@ from samfeat.pipelines.hpatches import (
     match_errors,
     mma,
 )
+from samfeat.pipelines.methods import Method, load_method
 
 SHIFT = np.array([[1.0, 0, 20], [0, 1, -10], [0, 0, 1]])
 

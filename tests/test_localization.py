@@ -10,8 +10,8 @@ from places import lookup, write_aachen, write_place
 from scipy.spatial.transform import Rotation
 
 from samfeat.pipelines.camera_poses import Pose, pose_errors
-from samfeat.pipelines.extract import load_method
 from samfeat.pipelines.localization import evaluate_localize, write_poses
+from samfeat.pipelines.methods import load_method
 
 
 def read_poses(path: Path) -> dict[str, Pose]:

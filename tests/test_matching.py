@@ -1,10 +1,13 @@
-"""Mutual nearest neighbours against NumPy and OpenCV."""
+"""Mutual nearest neighbours against NumPy, OpenCV and kornia."""
+
+import subprocess
+import sys
 
 import cv2
+import kornia
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from samfeat.student import matching
 from samfeat.student.matching import match
@@ -86,22 +89,42 @@ def test_no_descriptors_no_matches(count0, count1):
     assert result["scores"].shape == (0,)
 
 
-def test_never_holds_the_whole_similarity_matrix():
-    largest = 0
+def test_equals_kornia_on_unit_descriptors():
+    first, second = map(torch.from_numpy, related(np.random.default_rng(3)))
+    _, mutual = kornia.feature.match_mnn(first, second)
+    assert match(features(first), features(second))["matches"].tolist() == mutual[mutual[:, 0].argsort()].tolist()
+    _, both = kornia.feature.match_smnn(first, second, 0.8)  # the ratio in both directions
+    forth = match(features(first), features(second), ratio=0.8)["matches"].tolist()
+    back = match(features(second), features(first), ratio=0.8)["matches"].flip(1).tolist()
+    assert sorted(pair for pair in forth if pair in back) == sorted(both.tolist())
+    assert len(both) > 100
 
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            nonlocal largest
-            output = function(*args, **(kwargs or {}))
-            for value in output if isinstance(output, tuple) else (output,):
-                largest = max(largest, value.numel() if isinstance(value, torch.Tensor) else 0)
-            return output
 
-    generator = torch.Generator().manual_seed(0)
-    first, second = (torch.rand((4000, 8), generator=generator) for _ in range(2))
-    with Watch():
-        match(features(first), features(second), ratio=0.9)
-    assert 0 < largest <= matching.BLOCK_ELEMENTS < 4000 * 4000
+@pytest.mark.parametrize("ratio", [None, 0.9])
+def test_cosine_is_matching_at_unit_length(ratio):
+    rng = np.random.default_rng(4)
+    first, second = related(rng)
+    expected = match(features(first), features(second), ratio=ratio)
+    longer = [values * rng.uniform(0.1, 3, (len(values), 1)).astype(np.float32) for values in (first, second)]
+    result = match(features(longer[0]), features(longer[1]), ratio=ratio, cosine=True)
+    assert torch.equal(result["matches"], expected["matches"])
+    torch.testing.assert_close(result["scores"], expected["scores"])
+
+
+def test_memory_is_a_block_whatever_the_number_of_features():
+    """Ten thousand on ten thousand features would be 400 MB of similarities: the process grows by a tenth of that."""
+    program = (
+        "import resource, torch; from samfeat.student.matching import match\n"
+        "torch.set_num_threads(1); generator = torch.Generator().manual_seed(0)\n"
+        "small = [{'descriptors': torch.rand(2000, 128, generator=generator)} for _ in '01']\n"
+        "big = [{'descriptors': torch.rand(10_000, 128, generator=generator)} for _ in '01']\n"
+        "match(*small, ratio=0.8, cosine=True)\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "match(*big, ratio=0.8, cosine=True)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 40_000  # KiB
 
 
 @pytest.mark.parametrize(
@@ -115,6 +138,7 @@ def test_never_holds_the_whole_similarity_matrix():
         (features(np.full((2, 8), np.nan)), features(np.zeros((2, 8))), None, "must be finite"),
         (features(np.zeros((2, 8))), features(np.zeros((2, 8))), 1.2, "ratio must lie in"),
         (features(np.zeros((2, 8))), features(np.zeros((2, 8))), 0.0, "ratio must lie in"),
+        (features(np.eye(2, 8)), features(1.1 * np.eye(2, 8)), 0.8, "unit length: match with cosine=True"),
     ],
 )
 def test_rejects(first, second, ratio, message):

@@ -11,8 +11,10 @@ import torch
 from torch.nn import functional as F
 
 from samfeat.pipelines.evaluate import predict
-from samfeat.pipelines.extract import Features, extract_images, load_method
+from samfeat.pipelines.extract import extract_images
+from samfeat.pipelines.formats import Features
 from samfeat.pipelines.hpatches import match_errors
+from samfeat.pipelines.methods import load_method
 from samfeat.pipelines.peers import PEERS, choose_device
 
 FILES = {

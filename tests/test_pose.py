@@ -8,7 +8,8 @@ from PIL import Image
 from scipy.spatial.transform import Rotation
 
 from samfeat.pipelines.evaluate import error_auc
-from samfeat.pipelines.extract import Features, Method
+from samfeat.pipelines.formats import Features
+from samfeat.pipelines.methods import Method
 from samfeat.pipelines.pose import PosePair, epipolar_errors, estimate_pose, evaluate_pose, find_pairs, pose_error
 
 K0 = np.array([[300.0, 0, 160], [0, 310, 120], [0, 0, 1]])

@@ -11,7 +11,7 @@ import pycolmap
 import pytest
 from places import lookup, write_cameras, write_photographs, write_place
 
-from samfeat.pipelines.extract import load_method
+from samfeat.pipelines.methods import load_method
 from samfeat.pipelines.reconstruction import evaluate_reconstruct, find_collections
 
 

@@ -1,0 +1,261 @@
+"""The extractor as an ONNX model: pixels in, keypoints and descriptors out, without torch or this package.
+
+**Input** ``image``: float32 [1, 3, H, W], RGB in [0, 1], any H and W from 16.
+
+**Outputs**, the first four as :meth:`samfeat.student.extractor.SAMFeat.extract` returns them, but always K rows: the K
+best keypoints, then padding where there are fewer:
+
+- ``keypoints``: float32 [K, 2], (x, y) in pixels of the input, (0, 0) being the centre of the top-left one; padding: 0;
+- ``scores``: float32 [K], probability, descending; padding: 0;
+- ``descriptors``: float32 [K, 128]; padding: 0;
+- ``valid``: bool [K], false in the padding;
+- ``heatmap``: float32 [1, 1, H', W'], detection logits, with the edges' share where the extraction adds one, where H'
+  and W' are H and W rounded to multiples of 16, the size that the network sees;
+- ``descriptor_map`` [1, 128, H'/4, W'/4], ``attention_map`` and ``edge_map`` [1, 1, H'/4, W'/4]: float32, as
+  :class:`samfeat.student.network.DenseOutput` describes them.
+
+The metadata of the model holds an entry ``samfeat-weights`` like that of a weights file (see
+:mod:`samfeat.student.export`), with the number of keypoints besides.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+import warnings
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch._higher_order_ops.while_loop import while_loop
+from torch.nn import functional as F
+
+from samfeat.student.detection import subpixel_offsets
+from samfeat.student.export import FORMAT, metadata_json, write_bytes
+from samfeat.student.extractor import SIZE_MULTIPLE, SAMFeat
+from samfeat.student.network import normalise, resize, sample
+
+if TYPE_CHECKING:
+    import onnx
+
+MIN_SIDE, MAX_SIDE = SIZE_MULTIPLE, 1 << 14
+TOLERANCE = 1e-4  # of the maps, the scores and the descriptors
+OUTPUTS = ("keypoints", "scores", "descriptors", "valid", "heatmap", "descriptor_map", "attention_map", "edge_map")
+
+
+class Agreement(NamedTuple):
+    """How far an ONNX model and the extractor are from each other on one image.
+
+    Attributes:
+        maps: largest difference of a map's values, in units of the largest value of that map, or of 1.
+        keypoints: number of keypoints of the extractor (at most K).
+        found: how many of them the model has within a tenth of a pixel.
+        features: largest difference of the scores and descriptors of these.
+    """
+
+    maps: float
+    keypoints: int
+    found: int
+    features: float
+
+
+def export_onnx(path: str | os.PathLike[str], extractor: SAMFeat, *, keypoints: int | None = None) -> None:
+    """Write the extractor as an ONNX model (opset 20), whole or not at all.
+
+    Non-maximum suppression is the extractor's own, exactly, as a loop in the model. Equal contents give equal bytes.
+
+    Args:
+        path: the ``.onnx`` file; one that exists is replaced.
+        extractor: network, options and provenance.
+        keypoints: K; by default the extractor's ``max_keypoints``.
+
+    Raises:
+        ValueError: a package is missing, no K is known or it is not positive, or the extractor works on several scales.
+        OSError: the file cannot be written.
+    """
+    check_packages()
+    if keypoints is None:
+        keypoints = extractor.extraction.max_keypoints
+    if keypoints is None or keypoints < 1:
+        raise ValueError(f"an ONNX model returns a fixed number of keypoints: give one from 1, got {keypoints}")
+    if extractor.extraction.multiscale:
+        raise ValueError("an ONNX model works at one scale: choose multiscale=False, and run it on resized images")
+    model = _FixedExtractor(extractor, keypoints)
+    side = torch.export.Dim("height", min=MIN_SIDE, max=MAX_SIDE), torch.export.Dim("width", min=MIN_SIDE, max=MAX_SIDE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch about itself
+        program = torch.onnx.export(
+            model,
+            (torch.zeros(1, 3, 96, 128),),
+            dynamo=True,
+            dynamic_shapes={"image": {2: side[0], 3: side[1]}},
+            input_names=["image"],
+            output_names=list(OUTPUTS),
+            verbose=False,
+        )
+    assert program is not None  # it is None only where torch.onnx.export writes the file itself
+    proto = program.model_proto
+    _strip(proto)
+    values = {"keypoints": keypoints, "network": dataclasses.asdict(extractor.network.config)}
+    extraction = dataclasses.asdict(extractor.extraction) | {"max_keypoints": keypoints}
+    entry = proto.metadata_props.add()
+    entry.key = FORMAT
+    entry.value = metadata_json(**values, extraction=extraction, provenance=extractor.provenance)
+    proto.producer_name, proto.doc_string = "samfeat", "SAMFeat: " + ", ".join(OUTPUTS)
+    write_bytes(path, proto.SerializeToString(deterministic=True))
+
+
+def check_packages() -> None:
+    """Refuse to go on without the packages of the optional extra ``onnx``.
+
+    Raises:
+        ValueError: naming those that are missing.
+    """
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
+    if missing:
+        raise ValueError(f"ONNX needs {', '.join(missing)}, not installed here: pip install 'samfeat[onnx]'")
+
+
+def compare(path: str | os.PathLike[str], extractor: SAMFeat, image: Float[Tensor, "3 h w"]) -> Agreement:
+    """Run an ONNX model by onnxruntime on a CPU, and the extractor it was made from, on one image in [0, 1].
+
+    Raises:
+        ValueError: the file is not such a model, or a package is missing.
+    """
+    check_packages()
+    import onnxruntime  # type: ignore[import-untyped]
+
+    try:
+        session = onnxruntime.InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
+        found = dict(zip(OUTPUTS, session.run(list(OUTPUTS), {"image": image[None].numpy()})))
+    except Exception as error:  # onnxruntime's errors have no base of their own
+        raise ValueError(f"{os.fspath(path)} is not an ONNX model of SAMFeat ({str(error).splitlines()[0]})") from None
+    wanted = {key: values.cpu().numpy() for key, values in extractor.extract(image).items()}
+    count = min(len(wanted["scores"]), len(found["scores"]))
+    distance = np.abs(wanted["keypoints"][:count, None] - found["keypoints"][None, found["valid"]]).max(axis=2)
+    nearest = distance.argmin(axis=1) if distance.size else np.zeros(0, int)
+    same = np.flatnonzero(distance[np.arange(count), nearest] < 0.1) if distance.size else np.zeros(0, int)
+    differences = [
+        np.abs(wanted[key][same] - found[key][found["valid"]][nearest[same]]).max(initial=0)
+        for key in ("scores", "descriptors")
+    ]
+    dense = _FixedExtractor(extractor, 1).dense(image[None])
+    maps = [
+        np.abs(values.numpy() - found[key]).max() / max(1, values.abs().max())
+        for key, values in zip(OUTPUTS[4:], dense)
+    ]
+    return Agreement(float(max(maps)), count, len(same), float(max(differences)))
+
+
+class _FixedExtractor(nn.Module):
+    """:meth:`SAMFeat.extract` of one scale in operations that ONNX has: a fixed number of keypoints, a loop for NMS."""
+
+    def __init__(self, extractor: SAMFeat, keypoints: int) -> None:
+        super().__init__()
+        self.network = copy.deepcopy(extractor.network).float().cpu().eval()
+        self.options, self.keypoints = extractor.extraction, keypoints
+
+    def forward(self, image: Float[Tensor, "1 3 h w"]) -> tuple[Tensor, ...]:
+        maps = self.dense(image)
+        logits, descriptor_map, attention_map, _ = maps
+        height, width = logits.shape[-2:]
+        size, convention = (height, width), self.network.config.sampling
+        logits = logits[0, 0]
+        rank = _suppressed(logits, torch.sigmoid(logits) >= self.options.detection_threshold, self.options.nms_radius)
+        y, x = torch.arange(height)[:, None], torch.arange(width)
+        border = self.options.border
+        inside = (y >= border) & (y < height - border) & (x >= border) & (x < width - border)
+        rank, index = torch.topk(F.pad(torch.where(inside, rank, 0).flatten(), (0, self.keypoints)), self.keypoints)
+        valid = rank > 0
+        index = torch.where(valid, index, 0)
+        y = index // width
+        points_yx = torch.stack((y, index - y * width), dim=1)
+        points = points_yx.flip(1).float()
+        if self.options.subpixel:
+            points = points + subpixel_offsets(logits, points_yx)
+        scores = torch.sigmoid(logits.flatten()[index])
+        descriptors = normalise(sample(descriptor_map, points[None], size, convention=convention)[0])
+        if self.options.weighted_descriptors:
+            descriptors = descriptors * sample(attention_map, points[None], size, convention=convention)[0]
+        points = _rescale(points, size, (image.shape[2], image.shape[3]), released=convention == "released")
+        padding = ~valid
+        return (
+            points.masked_fill(padding[:, None], 0),
+            scores.masked_fill(padding, 0),
+            descriptors.masked_fill(padding[:, None], 0),
+            valid,
+            *maps,
+        )
+
+    @torch.no_grad()
+    def dense(self, image: Float[Tensor, "1 3 h w"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Heat-map, descriptors, attention and edges of an image in [0, 1], at the size that the extractor chooses."""
+        size = _network_size(image.shape[2]), _network_size(image.shape[3])
+        dense = self.network(F.interpolate(image * 2 - 1, size=size, mode="bilinear", align_corners=False))
+        heatmap = dense.heatmap
+        if self.options.edge_gain:
+            heatmap = heatmap + self.options.edge_gain * resize(dense.edges, size)
+        return heatmap, dense.descriptors, dense.attention, dense.edges
+
+
+def _network_size(length: int) -> int:
+    """Nearest multiple of 16, of two equally near the even one, by integer operations (``length`` may be symbolic)."""
+    return (length + 7 + length // 16 % 2) // 16 * 16
+
+
+def _rescale(points: Tensor, size: tuple[int, int], image_size: tuple[int, int], *, released: bool) -> Tensor:
+    """As the extractor does, one coordinate at a time: sizes are symbolic."""
+    columns = []
+    for values, length, image_length in zip(points.unbind(1), reversed(size), reversed(image_size)):
+        scale = image_length / length
+        moved = values * scale if released else (values + 0.5) * scale - 0.5
+        columns.append(moved.clamp(min=0, max=image_length - 1))
+    return torch.stack(columns, dim=1)
+
+
+def _suppressed(scores: Float[Tensor, "h w"], candidates: Bool[Tensor, "h w"], radius: int) -> Float[Tensor, "h w"]:
+    """:func:`samfeat.student.detection.greedy_nms` as a map: rank of the pixels it takes (more is better), 0 elsewhere.
+
+    ONNX sorts equal values by their index, which is the order that the extractor asks of a stable sort.
+    """
+    order = torch.sort(torch.where(candidates, scores, -torch.inf).flatten(), descending=True).indices
+    ranks = torch.arange(order.shape[0], 0, -1, dtype=scores.dtype)
+    rank = torch.zeros_like(ranks).scatter(0, order, ranks).view_as(scores)
+    rank = torch.where(candidates, rank, 0)[None, None]
+
+    def remaining(rank: Tensor, taken: Tensor) -> Tensor:
+        return (rank > 0).any()
+
+    def take(rank: Tensor, taken: Tensor) -> tuple[Tensor, Tensor]:
+        best = torch.where(rank == _window_max(rank, radius), rank, 0)
+        return torch.where(_window_max(best, radius) > 0, 0, rank), taken + best
+
+    return while_loop(remaining, take, (rank, torch.zeros_like(rank)))[1][0, 0]
+
+
+def _window_max(values: Float[Tensor, "1 1 h w"], radius: int) -> Float[Tensor, "1 1 h w"]:
+    """Maximum of the square of 2 ``radius`` + 1 pixels around every pixel, of values that are not negative."""
+    rows = F.max_pool2d(values, (1, 2 * radius + 1), stride=1, padding=(0, radius))
+    return F.max_pool2d(rows, (2 * radius + 1, 1), stride=1, padding=(radius, 0))
+
+
+def _strip(proto: onnx.ModelProto) -> None:
+    """Remove what the exporter notes about every node and value: stack traces, with paths of this machine."""
+
+    def clean(graph: Any) -> None:
+        for group in (graph.node, graph.value_info, graph.input, graph.output, graph.initializer):
+            for item in group:
+                del item.metadata_props[:]
+                item.doc_string = ""
+        del graph.metadata_props[:]
+        for node in graph.node:
+            for attribute in node.attribute:
+                if attribute.HasField("g"):
+                    clean(attribute.g)
+
+    clean(proto.graph)
+    del proto.metadata_props[:]
