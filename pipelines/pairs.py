@@ -165,8 +165,8 @@ class DepthPair:
         return Cut(boxes, points, valid)
 
     def _correspond(self, points0: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        cameras = [view.camera for view in self.views]
-        return correspondences(*self._depths, *cameras, self._T0to1, points0)
+        depth0, depth1 = self._depths
+        return correspondences(depth0, depth1, self.views[0].camera, self.views[1].camera, self._T0to1, points0)
 
     def _spread(self, boxes: tuple[Box, Box]) -> tuple[np.ndarray, np.ndarray]:
         """Up to POINTS correspondences between two crops, spread over what both see, each at its cell's best corner.
