@@ -2,17 +2,16 @@
 
 ``<out>/database.db`` holds features and matches, ``<out>/models/<k>/`` what mapping made of them, and ``<out>/<k>/``
 each model once more without distortion, with its images, as COLMAP's dense stereo takes it. Each of these is made once;
-after an interruption the same call goes on, inside the database by images and pairs.
+after an interruption the same call goes on, inside the database where it was. ``<out>/photos/`` has links alone.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
-import sqlite3
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,9 @@ from samfeat.teacher_cache.images import IMAGE_SUFFIXES
 MIN_IMAGES = 3  # of a model; two photographs cannot confirm each other
 SEED = 0
 _JPEG_QUALITY = 95
-_BLOCK = 6  # photographs matched with as many others between two chances to stop
-_POLL = 0.5  # seconds between two looks into the database
+NEIGHBOURS = frozenset({*range(1, 11), 16, 32, 64, 128, 256})  # of sequential matching, as COLMAP's own defaults
+_BATCH = os.cpu_count() or 1  # photographs between two chances to stop
+_PAIRS = 16  # pairs between two chances to stop
 
 Progress = Callable[[str, int, int], None]
 
@@ -68,7 +68,7 @@ def prepare_photos(
         matching: ``exhaustive``: every photograph with every other; ``sequential``: with its neighbours in the order
             of names, as for the frames of a video.
         max_size: longer side, in pixels, at which features are sought and undistorted images are written.
-        progress: called with (step, done, total), from a worker thread too.
+        progress: called with (step, done, total).
 
     Raises:
         ValueError: too few photographs, or too few of them see the same things; ``out`` is something else, or was
@@ -84,11 +84,12 @@ def prepare_photos(
     database = out / "database.db"
     with _quiet():
         pycolmap.set_random_seed(SEED)
-        _extract(photos, database, names, max_size=max_size, tell=tell)
+        linked = _link(photos, names, out / "photos")
+        _extract(out / "photos", database, linked, max_size=max_size, tell=tell)
         _match(database, matching, tell)
-        folders = _map(photos, database, out / "models", tell)
+        folders = _map(out / "photos", database, out / "models", tell)
         for k, folder in enumerate(folders):
-            _undistort(photos, folder, out / folder.name, max_size)
+            _undistort(out / "photos", folder, out / folder.name, max_size)
             tell("undistorting", k + 1, len(folders))
         shutil.rmtree(out / "partial", ignore_errors=True)
         models = [pycolmap.Reconstruction(folder) for folder in folders]
@@ -101,7 +102,7 @@ def prepare_photos(
         registered=len(registered),
         points=sum(model.num_points3D() for model in models),
         error=sum(n * error for n, error in zip(observations, errors)) / sum(observations),
-        left_out=tuple(name for name in names if name not in registered),
+        left_out=tuple(name for name, link in zip(names, linked) if link not in registered),
     )
 
 
@@ -131,30 +132,51 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
         raise ValueError(f"{out} was begun with other {' and '.join(different)}; repeat them or choose another folder")
 
 
+def _link(photos: Path, names: Sequence[str], folder: Path) -> list[str]:
+    """Links to the photographs under names without blanks, which COLMAP's lists of pairs cannot hold; these names."""
+    linked = ["_".join(name.split()) for name in names]
+    if len(set(linked)) < len(linked):
+        twice = next(name for name in linked if linked.count(name) > 1)
+        raise ValueError(f"two photographs are called {twice} once blanks are underscores; rename one")
+    for name, link in zip(names, (folder / name for name in linked)):
+        link.parent.mkdir(parents=True, exist_ok=True)
+        if not link.is_symlink():
+            link.symlink_to((photos / name).resolve())
+    return linked
+
+
 def _extract(photos: Path, database: Path, names: Sequence[str], *, max_size: int, tell: Progress) -> None:
-    options = pycolmap.FeatureExtractionOptions()
-    options.max_image_size = max_size
-    with _watched(database, "descriptors", lambda done: tell("SIFT", min(done, len(names)), len(names))):
-        pycolmap.extract_features(database, photos, image_names=names, extraction_options=options)
+    options = pycolmap.FeatureExtractionOptions(max_image_size=max_size)
+    with pycolmap.Database.open(database) as opened:
+        there = {image.name for image in opened.read_all_images() if opened.exists_descriptors(image.image_id)}
+    missing = [name for name in names if name not in there]
+    for start in range(0, len(missing), _BATCH):
+        tell("SIFT", len(there) + start, len(names))
+        batch = missing[start : start + _BATCH]
+        pycolmap.extract_features(database, photos, image_names=batch, extraction_options=options)
+    tell("SIFT", len(names), len(names))
 
 
 def _match(database: Path, matching: str, tell: Progress) -> None:
-    number = _count(database, "images")
-    blocks, neighbours = pycolmap.ExhaustivePairingOptions(block_size=_BLOCK), pycolmap.SequentialPairingOptions()
-    steps = set(range(1, number))
-    if matching == "sequential":
-        steps &= {*range(1, neighbours.overlap + 1), *(2**k for k in range(neighbours.overlap))}
-    pairs = sum(number - step for step in steps)
-    with _watched(database, "two_view_geometries", lambda done: tell("matching", min(done, pairs), pairs)):
-        if matching == "sequential":
-            pycolmap.match_sequential(database, pairing_options=neighbours)
-        else:
-            pycolmap.match_exhaustive(database, pairing_options=blocks)
+    with pycolmap.Database.open(database) as opened:
+        images = sorted((image.name, image.image_id) for image in opened.read_all_images())
+        pairs = [
+            (i, j) for j in range(len(images)) for i in range(j) if matching == "exhaustive" or j - i in NEIGHBOURS
+        ]
+        missing = [(i, j) for i, j in pairs if not opened.exists_two_view_geometry(images[i][1], images[j][1])]
+    listed = database.with_name("pairs.txt")
+    for start in range(0, len(missing), _PAIRS):
+        tell("matching", len(pairs) - len(missing) + start, len(pairs))
+        listed.write_text("".join(f"{images[i][0]} {images[j][0]}\n" for i, j in missing[start : start + _PAIRS]))
+        pycolmap.match_image_pairs(database, pairing_options=pycolmap.ImportedPairingOptions(match_list_path=listed))
+    listed.unlink(missing_ok=True)
+    tell("matching", len(pairs), len(pairs))
 
 
 def _map(photos: Path, database: Path, folder: Path, tell: Progress) -> list[Path]:
     """The folders of the models of at least ``MIN_IMAGES`` photographs, made where they are not there."""
-    number = _count(database, "images")
+    with pycolmap.Database.open(database) as opened:
+        number = opened.num_images()
     if not folder.exists():
         partial = _emptied(folder.parent / "partial" / folder.name)
         done = 0
@@ -196,40 +218,12 @@ def _emptied(folder: Path) -> Path:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """COLMAP says nothing below errors, and what it raises is what our command line expects."""
+    """COLMAP keeps to itself what it does, and what it raises is what our command line expects."""
     before = pycolmap.logging.minloglevel
-    pycolmap.logging.minloglevel = pycolmap.logging.Level.ERROR.value
+    pycolmap.logging.minloglevel = pycolmap.logging.Level.FATAL.value
     try:
         yield
-    except (RuntimeError, sqlite3.Error) as error:
+    except RuntimeError as error:
         raise OSError(f"COLMAP stopped ({error}); is the disk full?") from error
     finally:
         pycolmap.logging.minloglevel = before
-
-
-@contextmanager
-def _watched(database: Path, table: str, tell: Callable[[int], None]) -> Iterator[None]:
-    """Tell how many rows a table has, twice a second, while COLMAP fills it."""
-    over = threading.Event()
-
-    def watch() -> None:
-        while not over.wait(_POLL):
-            tell(_count(database, table))
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
-    tell(_count(database, table))
-
-
-def _count(database: Path, table: str) -> int:
-    """Rows of a table; 0 as long as there is none."""
-    try:
-        with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as connection:
-            return int(connection.execute(f"SELECT COUNT(*) FROM {table}").fetchone()[0])
-    except sqlite3.OperationalError:
-        return 0
