@@ -6,6 +6,8 @@ In COLMAP's files (0.5, 0.5) is the centre of the top-left pixel. In everything 
 from __future__ import annotations
 
 import hashlib
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     import pycolmap
 
 _HALF_PIXEL = 0.5
+_TRIAL = "import sys, pycolmap; pycolmap.Reconstruction(sys.argv[1])"  # pycolmap aborts on truncated files
 _FEWEST = 16  # points that tell the unit of a depth map
 _SPREAD = 0.1  # median relative deviation of a depth map from the model, once scaled; more is another scene
 
@@ -141,10 +144,10 @@ def read_model(folder: str | Path) -> Model:
     import pycolmap
 
     path = Path(folder)
-    try:
-        reconstruction = pycolmap.Reconstruction(path)
-    except (ValueError, RuntimeError, IndexError, OSError) as error:
-        raise ValueError(f"{path} is not a usable COLMAP model ({error}); export it again") from None
+    trial = subprocess.run([sys.executable, "-c", _TRIAL, str(path)], capture_output=True)
+    if trial.returncode != 0:
+        raise ValueError(f"{path} is not a usable COLMAP model, a file is damaged or missing; export it again")
+    reconstruction = pycolmap.Reconstruction(path)
     ids = np.array(sorted(reconstruction.points3D), np.int64)
     world = np.array([reconstruction.points3D[int(k)].xyz for k in ids]).reshape(-1, 3)
     cameras = {

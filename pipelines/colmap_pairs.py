@@ -119,12 +119,11 @@ class ColmapSource(PairSource):
 
 def pairs_of(model: Model, *, min_overlap: float, max_overlap: float) -> np.ndarray:
     """The ordered pairs (i, j) of images, int64 [n, 2], with enough points in common: see :class:`ColmapSource`."""
-    counts = np.array([len(image.ids) for image in model.images])
-    columns = np.unique(
-        np.concatenate([np.zeros(0, np.int64), *(image.ids for image in model.images)]), return_inverse=True
-    )[1]
+    counts = np.array([len(image.ids) for image in model.images], np.int64)
+    ids = np.concatenate([np.zeros(0, np.int64), *(image.ids for image in model.images)])
+    known, columns = np.unique(ids, return_inverse=True)
     bounds = np.concatenate([[0], np.cumsum(counts)])
-    observes = csr_array((np.ones(len(columns), np.int32), columns, bounds))
+    observes = csr_array((np.ones(len(ids), np.int32), columns, bounds), shape=(len(counts), len(known)))
     shared = (observes @ observes.T).tocoo()
     i, j = shared.coords
     overlap = shared.data / counts[i]
@@ -151,12 +150,15 @@ class TrackPair:
             inside = _inside(self._points[0], first) & _inside(self._points[1], second)
             if inside.sum() > best:
                 best, boxes, chosen = int(inside.sum()), (first, second), inside
-        if boxes is None or best < MIN_VALID:
-            return f"at most {best} points of the model lie in both crops"
+        if boxes is None:
+            return "no two observations of a point have room for crops"
         points0, points1 = (points[chosen] - box[:2] for points, box in zip(self._points, boxes))
         response = corner_response(crop(self.views[0].image, boxes[0]))
         cell = int(np.sqrt(response.size / POINTS)) if best > POINTS else 1
-        return Cut(boxes, *strongest(points0, points1, response, cell=cell))
+        points, valid = strongest(points0, points1, response, cell=cell)
+        if valid.sum() < MIN_VALID:
+            return f"only {int(valid.sum())} points of the model lie in both crops"
+        return Cut(boxes, points, valid)
 
 
 def _inside(points: np.ndarray, box: Box) -> np.ndarray:
