@@ -114,8 +114,9 @@ def prepare(
 
         summary = prepare_photos(photos, out, matching=matching.value, max_size=max_size, progress=progress)
     console.print(
-        f"[bold]{out}[/]: {summary.registered} of {summary.photos} photographs in {summary.models} models, "
-        f"{summary.points} points, reprojection error {summary.error:.2f} px"
+        f"[bold]{out}[/]: {summary.registered} of {summary.photos} photographs registered, "
+        f"{summary.models} model{'s' * (summary.models > 1)}, {summary.points} points, "
+        f"reprojection error {summary.error:.2f} px"
     )
     for name in summary.left_out:
         errors.print(f"left out {name}: it could not be registered", markup=False)

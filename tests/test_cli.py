@@ -20,7 +20,7 @@ from toys import toy_store
 from samfeat import cli
 from samfeat.student.extractor import SAMFeat
 
-VERBS = ("sample", "teacher-cache", "inspect-cache", "train", "extract", "match", "evaluate")
+VERBS = ("sample", "prepare", "teacher-cache", "inspect-cache", "train", "extract", "match", "evaluate")
 
 
 @pytest.fixture
