@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from contextlib import ExitStack
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -66,6 +67,13 @@ class TeacherName(StrEnum):
     sam_vit_b = "sam_vit_b"
 
 
+class Matching(StrEnum):
+    """Which photographs are compared with which."""
+
+    exhaustive = "exhaustive"
+    sequential = "sequential"
+
+
 @app.command()
 def sample(
     folder: Annotated[Path, typer.Argument(help="Where to write it; made where absent.")] = Path("sample"),
@@ -82,9 +90,45 @@ def sample(
     )
 
 
+@app.command()
+def prepare(
+    photos: Annotated[Path, typer.Argument(help="A folder of photographs of the same things, from many places.")],
+    out: Annotated[Path, typer.Argument(help="Folder of the reconstruction, for teacher-cache --data.")],
+    matching: Annotated[
+        Matching, typer.Option(help="Which photographs are compared: all, or neighbours in the order of their names.")
+    ] = Matching.exhaustive,
+    max_size: Annotated[
+        int, typer.Option(min=200, help="Longer side of the images that are written, in pixels.")
+    ] = 1600,
+) -> None:
+    """Reconstruct a folder of photographs with COLMAP, so that real pairs can be trained on. Run again to go on."""
+    must_exist(photos)
+    from samfeat.pipelines.prepare import prepare_photos
+
+    with ExitStack() as bars:
+        steps: dict[str, Any] = {}
+
+        def progress(step: str, done: int, total: int) -> None:
+            if step not in steps:
+                bars.close()
+                steps[step] = bars.enter_context(progress_bar(step))
+            steps[step](done, total)
+
+        summary = prepare_photos(photos, out, matching=matching.value, max_size=max_size, progress=progress)
+    console.print(
+        f"[bold]{out}[/]: {summary.registered} of {summary.photos} photographs registered, "
+        f"{summary.models} model{'s' * (summary.models > 1)}, {summary.points} points, "
+        f"reprojection error {summary.error:.2f} px"
+    )
+    for name in summary.left_out:
+        errors.print(f"left out {name}: it could not be registered", markup=False)
+
+
 @app.command("teacher-cache")
 def teacher_cache(
-    data: Annotated[str, typer.Option(help="Raw MegaDepth, MTLDesc's released set, or any folder of photographs.")],
+    data: Annotated[
+        str, typer.Option(help="Raw MegaDepth, COLMAP's models, MTLDesc's released set, or any folder of photographs.")
+    ],
     cache: Annotated[str, typer.Option(help="Folder for the store; other stores in it stay.")] = "teacher_cache",
     name: Annotated[str | None, typer.Option(help="Name of the store; by default <data>-<teacher>.")] = None,
     teacher: Annotated[
@@ -95,7 +139,7 @@ def teacher_cache(
     ] = None,
     crop_size: Annotated[int | None, typer.Option(min=64, help="Side of the crops in pixels; 400 by default.")] = None,
     pairs_per_scene: Annotated[
-        int | None, typer.Option(min=1, help="Pairs of each MegaDepth scene; 100 by default.")
+        int | None, typer.Option(min=1, help="Pairs of each MegaDepth scene or COLMAP model; 100 by default.")
     ] = None,
     labels: Annotated[
         str | None, typer.Option(help="Base detector of the keypoint labels: sift, gftt, ... or a student's weights.")

@@ -18,8 +18,10 @@ import numpy as np
 from upath import UPath
 
 from samfeat.pipelines.cluster import Workers, make_shards
-from samfeat.pipelines.pairs import MegaDepthSource
-from samfeat.teacher_cache.images import FolderSource, ImageSource, MtldescSource, SourceItem
+from samfeat.pipelines.sources import make_teacher as make_teacher
+from samfeat.pipelines.sources import open_source as open_source
+from samfeat.pipelines.sources import teacher_of as teacher_of
+from samfeat.teacher_cache.images import ImageSource, SourceItem
 from samfeat.teacher_cache.keypoints import Detector, LabelConfig, adapt, opencv_detector
 from samfeat.teacher_cache.lock import lock_store
 from samfeat.teacher_cache.schema import (
@@ -58,104 +60,6 @@ class BuildSummary:
     images: int
     written: int
     failures: list[tuple[str, str]]
-
-
-def open_source(
-    data: str | Path | UPath, *, crop_size: int | None = None, pairs_per_scene: int | None = None, seed: int = 0
-) -> ImageSource:
-    """The image source that a folder holds, by its layout.
-
-    ``scene_info/`` is raw MegaDepth, ``image/ keypoint/ despoint/`` MTLDesc's released set, anything else a folder of
-    photographs.
-
-    Args:
-        data: the folder.
-        crop_size: side of the square crops in pixels; 400 where None. MTLDesc's crops have their own size.
-        pairs_per_scene: pairs drawn from each scene of MegaDepth; 100 where None. Nothing else has scenes.
-        seed: seed of crops and pairs.
-
-    Raises:
-        FileNotFoundError: no such folder, or no images in it.
-        ValueError: a layout that is recognised but damaged.
-    """
-    folder = UPath(data)
-    if not folder.exists():
-        raise FileNotFoundError(f"{data}: no such folder. `samfeat-cli sample {data}` would write the embedded sample")
-    if not folder.is_dir():
-        raise ValueError(f"{data} is a file: give the folder that holds the images")
-    megadepth = (folder / "scene_info").is_dir()
-    if pairs_per_scene is not None and not megadepth:
-        raise ValueError(f"--pairs-per-scene is for raw MegaDepth: {data} holds no scene_info/")
-    if all((folder / part).is_dir() for part in ("image", "keypoint", "despoint")):
-        if crop_size is not None:
-            raise ValueError("--crop-size does not apply to MTLDesc's released set: its crops are used as they are")
-        return MtldescSource(folder, seed=seed)
-    size = (crop_size or 400, crop_size or 400)
-    if megadepth:
-        return MegaDepthSource(folder, crop_size=size, pairs_per_scene=pairs_per_scene or 100, seed=seed)
-    return FolderSource(folder, crop_size=size, seed=seed)
-
-
-def make_teacher(
-    name: str,
-    *,
-    checkpoint: Path | None = None,
-    downloads: Path | None = None,
-    device: str = "auto",
-    progress: Callable[[int, int], None] | None = None,
-) -> Teacher:
-    """A teacher by its name: ``classical``, or ``sam_vit_h``, ``sam_vit_l``, ``sam_vit_b``.
-
-    Args:
-        name: the teacher.
-        checkpoint: SAM's weights; fetched from the official address where None.
-        downloads: folder for fetched weights.
-        device: for SAM, ``auto``, ``cpu`` or ``cuda``.
-        progress: called with (bytes done, bytes in all) of a download.
-
-    Raises:
-        ValueError: unknown name, wrong checkpoint, no such device.
-        OSError: the download failed; calling again goes on.
-    """
-    if name == "classical":
-        from samfeat.teacher_cache.classical import ClassicalTeacher
-
-        if checkpoint is not None:
-            raise ValueError("--checkpoint belongs to a SAM teacher: the classical one has no weights")
-        return ClassicalTeacher()
-    if not name.startswith("sam_"):
-        raise ValueError(f"unknown teacher {name!r}: choose classical, sam_vit_h, sam_vit_l or sam_vit_b")
-    from samfeat.teacher_cache.checkpoints import fetch_checkpoint
-    from samfeat.teacher_cache.teacher import SamTeacher
-
-    model = name.removeprefix("sam_")
-    if checkpoint is None:
-        checkpoint = fetch_checkpoint(model, downloads or Path("checkpoints"), progress=progress)
-    return SamTeacher(model, checkpoint=checkpoint, device=device)
-
-
-def teacher_of(provenance: Provenance, *, checkpoint: Path | None = None) -> Teacher | None:
-    """The teacher that made a store, with the same parameters; None for SAM without a checkpoint.
-
-    Raises:
-        ValueError: the checkpoint, or this version of the teacher, is another one.
-    """
-    described = dict(provenance.teacher)
-    if described["name"] == "classical":
-        teacher = make_teacher("classical")
-    elif checkpoint is None:
-        return None
-    else:
-        from samfeat.teacher_cache.teacher import SamParameters, SamTeacher
-
-        parameters = {entry.name: described[entry.name] for entry in fields(SamParameters)}
-        precision = described["precision"]
-        teacher = SamTeacher(described["model"], checkpoint=checkpoint, precision=precision, **parameters)
-    given = Provenance(teacher.provenance(), provenance.source, provenance.labels, provenance.seed)
-    differences = provenance.differences(given)
-    if differences:
-        raise ValueError(f"the store was made by another teacher ({'; '.join(differences)})")
-    return teacher
 
 
 def label_detector(base: str) -> Detector:

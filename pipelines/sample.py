@@ -24,7 +24,7 @@ import cv2
 import h5py
 import numpy as np
 
-from samfeat.pipelines.pairs import correspondences
+from samfeat.pipelines.correspondences import correspondences
 from samfeat.pipelines.render import Camera, look_at, render_depth, render_image
 from samfeat.pipelines.scenes import (
     CREDITS,

@@ -83,9 +83,9 @@ class ImageSource(Protocol):
 
 
 def read_image(
-    source: str | Path | UPath | bytes, *, name: str | None = None, max_pixels: int = MAX_PIXELS
+    source: str | Path | UPath | bytes, *, name: str | None = None, max_pixels: int = MAX_PIXELS, upright: bool = True
 ) -> np.ndarray:
-    """Reads a photograph as uint8 [H, W, 3] in RGB, upright.
+    """Reads a photograph as uint8 [H, W, 3] in RGB, upright by default.
 
     Grey, palette and CMYK images become RGB, 16 bits are scaled to 8, transparency is laid over white, the EXIF
     orientation is applied, and of several frames the first is read.
@@ -94,6 +94,7 @@ def read_image(
         source: a path, or the bytes of a file.
         name: what error messages call the image; by default its path.
         max_pixels: larger images are refused before they are decoded.
+        upright: whether the EXIF orientation is applied; COLMAP, for one, does not.
 
     Raises:
         ValueError: the file is empty, truncated, too large or not an image.
@@ -109,7 +110,7 @@ def read_image(
             if image.width * image.height > max_pixels:
                 raise _too_large(name, f"{image.width}x{image.height}", max_pixels)
             image.load()
-            return _to_rgb(ImageOps.exif_transpose(image), name)
+            return _to_rgb(ImageOps.exif_transpose(image) if upright else image, name)
     except UnidentifiedImageError:
         raise ValueError(f"{name} is not an image that Pillow reads; use JPEG, PNG, WebP, TIFF or BMP") from None
     except Image.DecompressionBombError:

@@ -149,7 +149,7 @@ def test_sources_are_recognised_by_their_layout(tmp_path):
     assert (source.paired, len(source), source.crop_size) == (False, 1, (80, 80))
     with pytest.raises(ValueError, match="is a file"):
         open_source(tmp_path / "photos" / "a.png")
-    with pytest.raises(ValueError, match="pairs-per-scene is for raw MegaDepth"):
+    with pytest.raises(ValueError, match="pairs-per-scene is for raw MegaDepth and COLMAP's models"):
         open_source(tmp_path / "photos", pairs_per_scene=5)
     (tmp_path / "mega" / "scene_info").mkdir(parents=True)
     with pytest.raises((FileNotFoundError, ValueError), match="scene_info"):

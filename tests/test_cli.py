@@ -21,7 +21,7 @@ from samfeat import cli
 from samfeat.student.extractor import SAMFeat
 
 VERBS = (
-    "sample", "teacher-cache", "inspect-cache", "train", "ablate",
+    "sample", "prepare", "teacher-cache", "inspect-cache", "train", "ablate",
     "extract", "match", "match-pairs", "evaluate", "export",
 )  # fmt: skip
 
