@@ -170,9 +170,10 @@ def teacher_cache(
 
     DATA and CACHE may be URLs, such as s3://bucket/folder.
     """
-    from samfeat.pipelines.build_cache import build_cache, make_teacher, open_source, parse_part
+    from samfeat.pipelines.build_cache import build_cache, parse_part
     from samfeat.pipelines.cluster import Workers
     from samfeat.pipelines.plan import make_plan
+    from samfeat.pipelines.sources import make_teacher, open_source
     from samfeat.teacher_cache.keypoints import LabelConfig
 
     part = parse_part(shard)

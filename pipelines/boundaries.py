@@ -87,7 +87,7 @@ def load_detector(name: str, *, weights: str | Path | None = None, device: str =
         config = {"method": name, "sigma": CANNY_SIGMA, "ratio": CANNY_RATIO, "range": CANNY_RANGE}
         return EdgeDetector(name, {**config, "opencv": cv2.__version__}, _canny, thinned=True)
     if name in TEACHERS:
-        from samfeat.pipelines.build_cache import make_teacher
+        from samfeat.pipelines.sources import make_teacher
 
         teacher = make_teacher(name, checkpoint=None if weights is None else Path(weights), device=device)
         config = {"method": name, **teacher.provenance()}

@@ -18,9 +18,6 @@ import numpy as np
 from upath import UPath
 
 from samfeat.pipelines.cluster import Workers, make_shards
-from samfeat.pipelines.sources import make_teacher as make_teacher
-from samfeat.pipelines.sources import open_source as open_source
-from samfeat.pipelines.sources import teacher_of as teacher_of
 from samfeat.teacher_cache.images import ImageSource, SourceItem
 from samfeat.teacher_cache.keypoints import Detector, LabelConfig, adapt, opencv_detector
 from samfeat.teacher_cache.lock import lock_store

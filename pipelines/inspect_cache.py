@@ -173,7 +173,7 @@ def verify(
 
 
 def _recompute(store: TeacherCache, count: int, checkpoint: Path | None, report: Callable[[str], None]) -> list[str]:
-    from samfeat.pipelines.build_cache import teacher_of
+    from samfeat.pipelines.sources import teacher_of
 
     teacher = teacher_of(store.provenance, checkpoint=checkpoint)
     if teacher is None:

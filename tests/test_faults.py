@@ -19,8 +19,9 @@ import pytest
 from PIL import Image
 from toys import LABELS, ToySource, ToyTeacher, tree_bytes
 
-from samfeat.pipelines.build_cache import build_cache, open_source
+from samfeat.pipelines.build_cache import build_cache
 from samfeat.pipelines.cluster import Workers
+from samfeat.pipelines.sources import open_source
 from samfeat.teacher_cache.store import TeacherCache
 from samfeat.teacher_cache.verify import Problem, verify
 

@@ -83,13 +83,13 @@ def test_another_process_with_the_number_of_a_dead_one_is_not_it(store):
 
 @pytest.mark.parametrize("moment", [0, 1, 4_000_000_000])
 def test_an_owner_elsewhere_lives_while_its_number_grows_whatever_the_clocks_say(store, moment):
-    path, stop = elsewhere(store), threading.Event()
+    path, stop = elsewhere(store, beat=0.4), threading.Event()
 
     def live():
         for count in itertools.count(1):
             if stop.wait(0.02):
                 return
-            elsewhere(store, count=count)
+            elsewhere(store, beat=0.4, count=count)
             os.utime(path, (moment, moment))
 
     thread = threading.Thread(target=live)
