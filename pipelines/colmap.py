@@ -24,7 +24,12 @@ if TYPE_CHECKING:
     import pycolmap
 
 _HALF_PIXEL = 0.5
-_TRIAL = "import sys, pycolmap; pycolmap.Reconstruction(sys.argv[1])"  # pycolmap aborts on truncated files
+_TRIAL = """
+import resource, sys, pycolmap
+resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[2]), resource.RLIM_INFINITY))
+pycolmap.Reconstruction(sys.argv[1])
+"""  # pycolmap aborts on truncated files, or asks for all the memory there is
+_PROGRAM_BYTES, _MODEL_FACTOR = 2**31, 100  # address space for a trial: for the program, and for each byte of a model
 _FEWEST = 16  # points that tell the unit of a depth map
 _SPREAD = 0.1  # median relative deviation of a depth map from the model, once scaled; more is another scene
 
@@ -144,7 +149,9 @@ def read_model(folder: str | Path) -> Model:
     import pycolmap
 
     path = Path(folder)
-    trial = subprocess.run([sys.executable, "-c", _TRIAL, str(path)], capture_output=True)
+    files = sorted(file for file in path.iterdir() if file.suffix in (".bin", ".txt"))
+    limit = _PROGRAM_BYTES + _MODEL_FACTOR * sum(file.stat().st_size for file in files)
+    trial = subprocess.run([sys.executable, "-c", _TRIAL, str(path), str(limit)], capture_output=True)
     if trial.returncode != 0:
         raise ValueError(f"{path} is not a usable COLMAP model, a file is damaged or missing; export it again")
     reconstruction = pycolmap.Reconstruction(path)
@@ -160,7 +167,7 @@ def read_model(folder: str | Path) -> Model:
         if image.has_pose
     ]
     digest = hashlib.sha256()
-    for file in sorted(file for file in path.iterdir() if file.suffix in (".bin", ".txt")):
+    for file in files:
         digest.update(file.name.encode() + file.read_bytes())
     return Model(tuple(sorted(images, key=lambda image: image.name)), digest.hexdigest())
 
