@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from bench_store import write_store
+from bench_store import SHARD, write_store
 from torch import Tensor
 
 from samfeat.pipelines.batches import (
@@ -163,7 +163,7 @@ def main() -> None:
     parts: dict[str, list[dict[str, float]]] = {name: [] for name in guided}
     values: dict[str, Tensor] = {}
     with tempfile.TemporaryDirectory() as folder:
-        store, *_ = write_store(Path(folder) / "photos.zarr", 4 * options.items)
+        store, *_ = write_store(Path(folder) / "photos.zarr", max(SHARD + 1, options.items))
         raw = request(FromDisk([store]), 0, part)()
 
         def take(name: str) -> None:
