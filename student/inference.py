@@ -229,7 +229,7 @@ class InferenceNetwork(nn.Module):
         neighbourhoods = F.embedding_bag(
             index.reshape(-1, 4), table, mode="sum", per_sample_weights=weights.reshape(-1, 4).to(table.dtype)
         )
-        found = neighbourhoods.view(len(points), -1) @ self.descriptor_taps
+        found = neighbourhoods.view(len(points), len(self.descriptor_taps)) @ self.descriptor_taps
         return (found + self.conv_des.bias).to(self.exact)
 
 

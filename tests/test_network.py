@@ -238,7 +238,7 @@ def softmax(scores):
 
 def guidance(kind):
     generator = torch.Generator().manual_seed(3)
-    module = EdgeAttentionGuidance(kind)
+    module = EdgeAttentionGuidance(kind, 384)
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.1, generator=generator)
     return module, torch.randn((2, 384, 5, 7), generator=generator)
