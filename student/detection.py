@@ -10,9 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def detect(
-    logits: Float[Tensor, "b h w"], threshold: float, *, radius: int, border: int
-) -> list[Int[Tensor, "k 2"]]:
+def detect(logits: Float[Tensor, "b h w"], threshold: float, *, radius: int, border: int) -> list[Int[Tensor, "k 2"]]:
     """Keypoints of detection maps: threshold, suppression, border, in this order.
 
     Args:

@@ -4,7 +4,7 @@
 - On a CPU the full resolution is computed in strips of rows: nothing of it stays in memory but what is needed later.
 - A detection head is a matrix product at every pixel, whose nine outputs are shifted and added; its place in the fused
   heat-map is part of its weights. These sums are float32 in every precision: rounding them moves keypoints.
-- Query, key and value of the row attention are one matrix product that leaves them channel by channel, as they are used.
+- Query, key and value of the row attention are one matrix product, which leaves them channel by channel, as needed.
 - Descriptors are computed where they are asked for: bilinear sampling and the 3 x 3 descriptor convolution commute.
 """
 
@@ -122,7 +122,7 @@ class InferenceNetwork(nn.Module):
             logits = logits + resize(part[:, None], size)[:, 0]
 
         fused = self._guided(features, edges.to(self.dtype))
-        source = fused.mean(dim=1, keepdim=True, dtype=self.exact)
+        source = fused.permute(0, 2, 3, 1).mean(dim=3, dtype=self.exact)[:, None]  # over memory side by side
         if self.config.attention_source == "backbone":
             others = features[:, : -c4.shape[1]].sum(dim=1, keepdim=True, dtype=self.exact)
             plain = resize(backbone_c4, quarter).sum(dim=1, keepdim=True, dtype=self.exact)
@@ -136,11 +136,11 @@ class InferenceNetwork(nn.Module):
         reaches is cut off.
         """
         batch, _, height, width = images.shape
+        canvas = images.new_zeros((batch, height + 2, width + 2), dtype=self.exact)
         rows = height
         if images.device.type == "cpu":
-            row_bytes = batch * width * self.conv1b.out_channels * images.element_size()
+            row_bytes = batch * width * self.conv1b.out_channels * canvas.element_size()
             rows = max(8, STRIP_BYTES // row_bytes // 8 * 8)
-        canvas = images.new_zeros((batch, height + 2, width + 2), dtype=self.exact)
         pooled, quarter = [], []
         for top in range(0, height, rows):
             bottom, first = min(top + rows, height), max(top - 2, 0)
@@ -167,18 +167,20 @@ class InferenceNetwork(nn.Module):
             return features
         if self.config.edge_attention != "row":
             return features + self.guidance(features * edges)
-        batch, channels, height, width = features.shape
-        gated = (features * edges).permute(0, 2, 3, 1).flatten(1, 2).mT  # [B, C, h w] of pixels side by side
+        batch, _, height, width = features.shape
+        gated = (features * edges).permute(0, 2, 3, 1).flatten(1, 2).mT  # [B, C, h w]
         blocks = ATTENTION_BLOCKS if features.device.type == "cpu" else 1
-        fused = features.permute(0, 2, 3, 1).clone()
-        for block in torch.arange(channels).chunk(blocks):
-            chosen = slice(int(block[0]), int(block[-1]) + 1)
-            weight, bias = self.projection[:, chosen].flatten(0, 1), self.projection_bias[:, chosen].flatten()
-            both = torch.baddbmm(bias[None, :, None], weight.expand(batch, -1, -1), gated)
-            query, key, value = both.view(batch, 3, len(block), height, width).unbind(1)
+        attended = []
+        for weight, bias in zip(self.projection.chunk(blocks, dim=1), self.projection_bias.chunk(blocks, dim=1)):
+            weight, bias = weight.flatten(0, 1), bias.flatten()[:, None]
+            if batch == 1:  # the same as below, a quarter faster on CPUs
+                projected = torch.addmm(bias, weight, gated[0])
+            else:
+                projected = torch.baddbmm(bias[None], weight.expand(batch, -1, -1), gated)
+            query, key, value = projected.view(batch, 3, -1, height, width).unbind(1)
             scores = (query @ key.mT).softmax(dim=-1, dtype=self.exact).to(self.dtype)
-            fused[..., chosen] += (scores @ value).permute(0, 2, 3, 1)
-        return fused.permute(0, 3, 1, 2)
+            attended.append(scores @ value)
+        return torch.cat(attended, dim=1).contiguous(memory_format=torch.channels_last).add_(features)
 
     def descriptors(
         self, maps: Maps, points: list[Tensor], image_size: tuple[int, int], *, convention: Sampling
@@ -205,9 +207,7 @@ class InferenceNetwork(nn.Module):
             for image, p in zip(maps.features, points)
         ]
 
-    def _at_points(
-        self, features: Tensor, points: Tensor, image_size: tuple[int, int], convention: Sampling
-    ) -> Tensor:
+    def _at_points(self, features: Tensor, points: Tensor, image_size: tuple[int, int], convention: Sampling) -> Tensor:
         """Descriptors at the points of one image: 3 x 3 bilinear samples of its features, then one matrix product."""
         _, height, width = features.shape
         grid = sampling_grid(points.to(self.exact), image_size, convention=convention)

@@ -176,9 +176,7 @@ def test_subpixel_keypoint_lies_on_the_peak_and_takes_its_descriptor_from_there(
 
 
 def test_keypoints_are_mapped_back_by_pixel_centres(crafted):
-    found = crafted(peak, detection_threshold=0.5).extract(
-        photo(68, 100)
-    )  # seen as 64 x 96
+    found = crafted(peak, detection_threshold=0.5).extract(photo(68, 100))  # seen as 64 x 96
     expected = [(40.3 + 0.5) * 100 / 96 - 0.5, (29.6 + 0.5) * 68 / 64 - 0.5]
     np.testing.assert_allclose(found["keypoints"], [expected], atol=1e-3)
 

@@ -136,7 +136,7 @@ def test_precision_is_an_option_and_leaves_the_weights_alone(tmp_path):
     assert not torch.equal(rough["scores"], exact["scores"])
     model.save(tmp_path / "w.safetensors")
     assert SAMFeat.from_pretrained(tmp_path / "w.safetensors").extraction.precision == "bf16"
-    with pytest.raises(ValueError, match="precision must be one of .*got 'int8'"):
+    with pytest.raises(ValueError, match=r"precision must be one of .*got 'int8'"):
         SAMFeat(precision="int8")
 
 
