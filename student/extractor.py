@@ -176,8 +176,8 @@ class SAMFeat(nn.Module):
         fails (on a CPU it needs a C++ compiler), a warning says so and extraction goes on without.
 
         Args:
-            **options: those of ``torch.compile``. ``mode="reduce-overhead"`` records CUDA graphs, ``mode="max-autotune"``
-                tries kernels as well.
+            **options: those of ``torch.compile``. ``mode="reduce-overhead"`` records CUDA graphs,
+                ``mode="max-autotune"`` tries kernels as well.
         """
         self._compile_options, self._folded = options, None
 

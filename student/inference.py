@@ -1,6 +1,6 @@
-"""The network as it runs when features are extracted: the same function as ``network.py``, in fewer and better operations.
+"""The network as it runs when features are extracted: the function of ``network.py`` in fewer operations.
 
-- The scale of the image is part of the first convolution. I - 127.5 is exact in bfloat16 and float16, 2 I / 255 - 1 is not.
+- The scale of the image is part of the first convolution: bfloat16 holds I - 127.5 exactly, but not 2 I / 255 - 1.
 - On a CPU the full resolution is computed in strips of rows: nothing of it stays in memory but what is needed later.
 - A detection head is a matrix product at every pixel, whose nine outputs are shifted and added; its place in the fused
   heat-map is part of its weights. These sums are float32 in every precision: rounding them moves keypoints.

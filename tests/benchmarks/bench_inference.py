@@ -1,4 +1,4 @@
-"""What does folding the network bring? The plain extraction of the released code against SAMFeat's, one image at a time.
+"""What does folding the network bring? The released extraction, written plainly, against SAMFeat's.
 
     python tests/benchmarks/bench_inference.py --weights runs/default/weights.safetensors [--images FOLDER] [--compile]
         [--size 480x640] [--threads 2] [--repeats 7] [--max-keypoints 2048] [--out bench/inference.md]
