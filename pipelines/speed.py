@@ -68,7 +68,7 @@ def samfeat_contenders(
     device = next(model.network.parameters()).device
     network: Any = InferenceNetwork(model.network, dtype=DTYPES[precision], edge_gain=model.extraction.edge_gain)
     if compiled:
-        mode = {"mode": "max-autotune"} if device.type == "cuda" else {}
+        mode: dict[str, Any] = {"mode": "max-autotune"} if device.type == "cuda" else {}
         extractor.compile(**mode)
         network = torch.compile(network, **mode)
     pixels = torch.from_numpy(np.stack(images)).to(device)

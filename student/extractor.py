@@ -169,7 +169,7 @@ class SAMFeat(nn.Module):
         extraction = dataclasses.asdict(self.extraction)
         save_weights(path, self.network, extraction=extraction, provenance=self.provenance)
 
-    def compile(self, **options: Any) -> None:  # type: ignore[override]
+    def compile(self, **options: Any) -> None:
         """Compile the dense network with ``torch.compile`` when it next runs.
 
         For many images of one size: every new size is compiled anew, which takes some ten seconds. Where compilation

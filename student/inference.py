@@ -57,16 +57,34 @@ class InferenceNetwork(nn.Module):
         edge_gain: multiple of the edge probability that is added to the detection logit.
     """
 
+    taps1: Tensor
+    taps2: Tensor
+    taps3: Tensor
+    taps4: Tensor
+    heatmap_bias: Tensor
+    projection: Tensor
+    projection_bias: Tensor
+    descriptor_taps: Tensor
+
     def __init__(self, network: SAMFeatNetwork, *, dtype: torch.dtype = torch.float32, edge_gain: float = 0.0) -> None:
         super().__init__()
         self.config, self.edge_gain, self.dtype = network.config, edge_gain, dtype
         self.exact = torch.promote_types(dtype, torch.float32)
-        for name in ("1a", "1b", "2a", "2b", "3a", "3b", "4a", "4b"):
-            self._copy(network, f"conv{name}")
+
+        def layout(convolution: nn.Conv2d) -> nn.Conv2d:
+            copied = copy.deepcopy(convolution).to(dtype)
+            copied.weight.data = copied.weight.data.contiguous(memory_format=torch.channels_last)
+            return copied
+
+        scaled = copy.deepcopy(network.conv1a)
         with torch.no_grad():
-            self.conv1a.weight.copy_(network.conv1a.weight * (2 / 255))
-        for name in ("dist_conv_feat", "dist_conv_fushion", "conv_edg", "conv_des"):
-            self._copy(network, name)
+            scaled.weight.mul_(2 / 255)
+        self.conv1a, self.conv1b = layout(scaled), layout(network.conv1b)
+        self.conv2a, self.conv2b = layout(network.conv2a), layout(network.conv2b)
+        self.conv3a, self.conv3b = layout(network.conv3a), layout(network.conv3b)
+        self.conv4a, self.conv4b = layout(network.conv4a), layout(network.conv4b)
+        self.dist_conv_feat, self.dist_conv_fushion = layout(network.dist_conv_feat), layout(network.dist_conv_fushion)
+        self.conv_edg, self.conv_des = layout(network.conv_edg), layout(network.conv_des)
         self.scalemap = copy.deepcopy(network.scalemap).to(self.exact)
 
         heads = [network.get_submodule(f"heatmap{level}") for level in (1, 2, 3, 4)]
@@ -77,20 +95,16 @@ class InferenceNetwork(nn.Module):
         bias = sum(share * head.get_parameter("bias").to(self.exact) for head, share in zip(heads, shares))
         self.register_buffer("heatmap_bias", torch.as_tensor(bias).detach())
 
-        self.guidance: EdgeAttentionGuidance | None = None
-        if isinstance(network.egde_module, EdgeAttentionGuidance):
-            self.guidance = copy.deepcopy(network.egde_module).to(dtype)
-        if self.config.edge_attention == "row":
-            weight, bias_ = _row_projections(network.egde_module)
-            self.register_buffer("projection", weight.to(dtype))
-            self.register_buffer("projection_bias", bias_.to(dtype))
+        self.guidance = copy.deepcopy(network.egde_module)
+        if self.guidance is not None:
+            self.guidance.to(dtype)
+            if self.config.edge_attention == "row":
+                weight, bias = _row_projections(self.guidance)
+                self.register_buffer("projection", weight)
+                self.register_buffer("projection_bias", bias)
         kernel = network.conv_des.weight.detach().permute(2, 3, 1, 0).flatten(0, 2)
         self.register_buffer("descriptor_taps", kernel.to(dtype).contiguous())
         self.requires_grad_(False).eval()
-
-    def _copy(self, network: SAMFeatNetwork, name: str) -> None:
-        convolution = copy.deepcopy(network.get_submodule(name))
-        self.add_module(name, convolution.to(self.dtype, memory_format=torch.channels_last))
 
     def forward(self, pixels: UInt8[Tensor, "b h w 3"] | Float[Tensor, "b h w 3"]) -> Maps:
         """All that is needed of a batch of images.
@@ -230,7 +244,7 @@ class InferenceNetwork(nn.Module):
             index.reshape(-1, 4), table, mode="sum", per_sample_weights=weights.reshape(-1, 4).to(table.dtype)
         )
         found = neighbourhoods.view(len(points), len(self.descriptor_taps)) @ self.descriptor_taps
-        return (found + self.conv_des.bias).to(self.exact)
+        return (found if self.conv_des.bias is None else found + self.conv_des.bias).to(self.exact)
 
 
 def _relu(convolution: nn.Module, maps: Tensor) -> Tensor:
