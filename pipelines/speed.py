@@ -5,6 +5,7 @@ Rounds go through all contenders one after the other, so that a machine's slow m
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import platform
 import statistics
@@ -141,6 +142,7 @@ def added_memory(contender: Contender) -> float:
             peak[0] = max(peak[0], process.memory_info().rss)
 
     contender()  # what stays (libraries, weights in another layout) is not counted
+    _return_free_memory()
     start = process.memory_info().rss
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
@@ -150,6 +152,13 @@ def added_memory(contender: Contender) -> float:
         stop.set()
         watcher.join()
     return max(0, peak[0] - start) / 2**20
+
+
+def _return_free_memory() -> None:
+    """Give what earlier calls freed back to the system: a call that used it again would seem to need nothing."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc
+    if trim is not None:
+        trim(0)
 
 
 @contextmanager
