@@ -119,7 +119,7 @@ def test_max_keypoints_keeps_the_best(lively):
     everything, few = (SAMFeat("released", network=lively, max_keypoints=n).extract(photo()) for n in (None, 5))
     assert len(everything["scores"]) > 5
     for name in ("keypoints", "scores", "descriptors"):
-        assert torch.equal(few[name], everything[name][:5])
+        np.testing.assert_allclose(few[name], everything[name][:5], atol=1e-6)  # sums of another order
 
 
 def test_unit_descriptors_are_the_weighted_ones_without_their_length(lively):
