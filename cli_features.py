@@ -251,6 +251,7 @@ features.add_typer(benchmark, name="benchmark")
 def speed(
     out: Annotated[Path, typer.Option(help="The table, in Markdown.")] = Path("bench/speed.md"),
     weights: Annotated[Path | None, typer.Option(help="Trained weights; time hardly depends on them.")] = None,
+    peers: Annotated[Path | None, typer.Option(help="Folder of XFeat's, ALIKED's, DISK's own weights.")] = None,
     size: Annotated[str, typer.Option(help="HEIGHTxWIDTH of the photograph.")] = "480x640",
     threads: Annotated[int, typer.Option(min=1, help="Of torch and OpenCV.")] = 2,
     batch: Annotated[int, typer.Option(min=1, help="Images in one call of SAMFeat.")] = 1,
@@ -259,12 +260,11 @@ def speed(
     compiled: Annotated[bool, typer.Option("--compile", help="Measure torch.compile as well.")] = False,
     device: DeviceOption = Device.auto,
 ) -> None:
-    """Time SAMFeat, full and slim, in every precision the device is fast in, beside SIFT and ORB."""
-    must_exist(*([weights] if weights else []))
+    """Time SAMFeat, full and slim, in every precision the device is fast in, beside SIFT, ORB and peers."""
+    must_exist(*(path for path in (weights, peers) if path))
     import torch
 
-    from samfeat.pipelines.methods import load_method
-    from samfeat.pipelines.speed import benchmark_speed, parse_size, table
+    from samfeat.pipelines.speed import benchmark_speed, other_methods, parse_size, table
     from samfeat.student.extractor import SAMFeat
 
     pixels = parse_size(size)
@@ -278,12 +278,11 @@ def speed(
         "SAMFeat": full or SAMFeat(max_keypoints=max_keypoints, detection_threshold=0.0),
         "SAMFeat slim": SAMFeat("slim", max_keypoints=max_keypoints, detection_threshold=0.0),
     }
-    methods = [load_method(name, max_keypoints=max_keypoints) for name in ("sift", "orb")]
     with progress_bar("timing") as bar:
         found = benchmark_speed(
             out,
             models={name: model.to(where) for name, model in models.items()},
-            methods=methods,
+            methods=other_methods(peers, max_keypoints=max_keypoints, device=where),
             size=pixels,
             threads=threads,
             batch=batch,

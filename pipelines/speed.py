@@ -21,12 +21,15 @@ import numpy as np
 import psutil
 import torch
 
-from samfeat.pipelines.extract import Method, Progress
+from samfeat.pipelines.extract import Progress
 from samfeat.pipelines.files import write_bytes
+from samfeat.pipelines.methods import Method, load_method
 from samfeat.student.extractor import DTYPES, SAMFeat
 from samfeat.student.inference import InferenceNetwork
 
 Contender = Callable[[], object]
+
+PEERS = ("xfeat", "aliked", "disk")
 
 
 class Timing(NamedTuple):
@@ -86,6 +89,24 @@ def samfeat_contenders(
 
     label = f"{name} {precision}{', compiled' if compiled else ''}"
     return {f"{label}, network": alone, f"{label}, features": whole}
+
+
+def other_methods(peers: Path | None, *, max_keypoints: int, device: str) -> list[Method]:
+    """SIFT and ORB, and the peers whose weights lie in a folder: files whose names begin with xfeat, aliked or disk.
+
+    Raises:
+        FileNotFoundError: the folder holds no such file.
+    """
+    found = [load_method(name, max_keypoints=max_keypoints) for name in ("sift", "orb")]
+    if peers is None:
+        return found
+    weights = {name: next(iter(sorted(peers.glob(f"{name}*"))), None) for name in PEERS}
+    if not any(weights.values()):
+        raise FileNotFoundError(f"{peers} holds no weights: put files there whose names begin with {', '.join(PEERS)}")
+    given = {name: path for name, path in weights.items() if path is not None}
+    return found + [
+        load_method(name, weights=path, max_keypoints=max_keypoints, device=device) for name, path in given.items()
+    ]
 
 
 def method_contender(method: Method, images: Sequence[np.ndarray]) -> Contender:

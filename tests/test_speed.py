@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from samfeat.cli import app
 from samfeat.pipelines import speed
-from samfeat.pipelines.extract import load_method
+from samfeat.pipelines.methods import load_method
 from samfeat.pipelines.speed import added_memory, benchmark_speed, measure, parse_size, photograph, using_threads
 from samfeat.student.extractor import SAMFeat
 
@@ -79,6 +79,12 @@ def test_the_table_holds_every_contender(tmp_path, monkeypatch):
     text = (tmp_path / "speed.md").read_text()
     assert "64 x 96 pixels, 2 images a call, 1 threads" in text
     assert all(f"| {name} |" in text for name in names)
+
+
+def test_peers_need_weights(tmp_path):
+    assert [m.name for m in speed.other_methods(None, max_keypoints=9, device="cpu")] == ["sift", "orb"]
+    with pytest.raises(FileNotFoundError, match="begin with xfeat, aliked, disk"):
+        speed.other_methods(tmp_path, max_keypoints=9, device="cpu")
 
 
 def test_command(tmp_path):
