@@ -243,6 +243,57 @@ def evaluate(
     console.print(f"results and figures in [bold]{out}[/]")
 
 
+benchmark = typer.Typer(no_args_is_help=True, help="Measure this machine.")
+features.add_typer(benchmark, name="benchmark")
+
+
+@benchmark.command()
+def speed(
+    out: Annotated[Path, typer.Option(help="The table, in Markdown.")] = Path("bench/speed.md"),
+    weights: Annotated[Path | None, typer.Option(help="Trained weights; time hardly depends on them.")] = None,
+    peers: Annotated[Path | None, typer.Option(help="Folder of XFeat's, ALIKED's, DISK's own weights.")] = None,
+    size: Annotated[str, typer.Option(help="HEIGHTxWIDTH of the photograph.")] = "480x640",
+    threads: Annotated[int, typer.Option(min=1, help="Of torch and OpenCV.")] = 2,
+    batch: Annotated[int, typer.Option(min=1, help="Images in one call of SAMFeat.")] = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 7,
+    max_keypoints: Annotated[int, typer.Option(min=1, help="Keypoints an image, for every method.")] = 2048,
+    compiled: Annotated[bool, typer.Option("--compile", help="Measure torch.compile as well.")] = False,
+    device: DeviceOption = Device.auto,
+) -> None:
+    """Time SAMFeat, full and slim, in every precision the device is fast in, beside SIFT, ORB and peers."""
+    must_exist(*(path for path in (weights, peers) if path))
+    import torch
+
+    from samfeat.pipelines.speed import benchmark_speed, other_methods, parse_size, table
+    from samfeat.student.extractor import SAMFeat
+
+    pixels = parse_size(size)
+    where = device.value
+    if where == "auto":
+        where = "cuda" if torch.cuda.is_available() else "cpu"
+    if where == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device 'cuda': no GPU is usable here, choose cpu or auto")
+    full = SAMFeat.from_pretrained(weights, max_keypoints=max_keypoints) if weights else None
+    models = {
+        "SAMFeat": full or SAMFeat(max_keypoints=max_keypoints, detection_threshold=0.0),
+        "SAMFeat slim": SAMFeat("slim", max_keypoints=max_keypoints, detection_threshold=0.0),
+    }
+    with progress_bar("timing") as bar:
+        found = benchmark_speed(
+            out,
+            models={name: model.to(where) for name, model in models.items()},
+            methods=other_methods(peers, max_keypoints=max_keypoints, device=where),
+            size=pixels,
+            threads=threads,
+            batch=batch,
+            compiled=compiled,
+            repeats=repeats,
+            progress=bar,
+        )
+    console.print(table(found), markup=False)
+    console.print(f"[bold]{out}[/]")
+
+
 def _method(name: str, weights: Path | None, max_keypoints: int | None, device: Device, **options: Any) -> Any:
     from samfeat.pipelines.methods import load_method
 

@@ -10,38 +10,42 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def detect(logits: Float[Tensor, "h w"], threshold: float, *, radius: int, border: int) -> Int[Tensor, "k 2"]:
-    """Keypoints of a detection map: threshold, suppression, border, in this order.
+def detect(logits: Float[Tensor, "b h w"], threshold: float, *, radius: int, border: int) -> list[Int[Tensor, "k 2"]]:
+    """Keypoints of detection maps: threshold, suppression, border, in this order.
 
     Args:
-        logits: [H, W].
+        logits: [B, H, W].
         threshold: least probability, compared with the sigmoid of ``logits``.
         radius: see :func:`greedy_nms`.
         border: pixels along each side without keypoints.
 
     Returns:
-        int64 [K, 2], (y, x), by descending logit. Logits order like probabilities, but do not saturate at 1.
+        for every map int64 [K, 2], (y, x), by descending logit. Logits order like probabilities, but do not saturate.
     """
-    height, width = logits.shape
-    kept = greedy_nms(logits, torch.sigmoid(logits) >= threshold, radius=radius)
-    y, x = kept // width, kept % width
-    inside = (x >= border) & (x < width - border) & (y >= border) & (y < height - border)
-    return torch.stack((y, x), dim=1)[inside]
+    height, width = logits.shape[1:]
+    found = []
+    for kept in greedy_nms(logits, torch.sigmoid(logits) >= threshold, radius=radius):
+        y, x = kept // width, kept % width
+        inside = (x >= border) & (x < width - border) & (y >= border) & (y < height - border)
+        found.append(torch.stack((y, x), dim=1)[inside])
+    return found
 
 
-def greedy_nms(scores: Float[Tensor, "h w"], candidates: Bool[Tensor, "h w"], *, radius: int) -> Int[Tensor, " k"]:
+def greedy_nms(
+    scores: Float[Tensor, "b h w"], candidates: Bool[Tensor, "b h w"], *, radius: int
+) -> list[Int[Tensor, " k"]]:
     """Greedy non-maximum suppression: take the best candidate, drop all within ``radius`` of it, repeat.
 
-    Exactly the result of that loop, in a few passes over the whole map: a candidate that is the best of what remains
+    Exactly the result of that loop, in a few passes over whole maps: a candidate that is the best of what remains
     of its own window is one the loop will take, whatever happens elsewhere.
 
     Args:
-        scores: [H, W]; of equal scores the first in raster order is the better one.
-        candidates: [H, W], the pixels that take part.
+        scores: [B, H, W]; of equal scores the first in raster order is the better one.
+        candidates: [B, H, W], the pixels that take part.
         radius: of the infinity norm: the window is the square of 2 radius + 1 pixels.
 
     Returns:
-        int64 [K], y W + x of the pixels that were taken, in that order.
+        for every map int64 [K], y W + x of the pixels that were taken, in that order.
     """
     indices = candidates.flatten().nonzero().squeeze(1)
     order = indices[torch.sort(scores.flatten()[indices], descending=True, stable=True).indices]
@@ -53,23 +57,32 @@ def greedy_nms(scores: Float[Tensor, "h w"], candidates: Bool[Tensor, "h w"], *,
     while True:
         best = (rank > 0) & (rank == _window_max(rank, radius))
         if not best.any():
-            return order[taken.flatten()[order]]
+            break
         taken |= best
         rank[_window_max(best, radius)] = 0
+    kept = order[taken.flatten()[order]]
+    pixels = scores[0].numel()
+    if len(scores) == 1:
+        return [kept]
+    numbers, positions = torch.sort(kept // pixels, stable=True)
+    counts = torch.bincount(numbers, minlength=len(scores)).tolist()
+    return list((kept % pixels)[positions].split(counts))
 
 
 def _window_max(values: Tensor, radius: int) -> Tensor:
-    """Maximum of the square of 2 ``radius`` + 1 pixels around every pixel, of a float or bool map."""
+    """Maximum of the square of 2 ``radius`` + 1 pixels around every pixel, of float or bool maps [B, H, W]."""
     if values.device.type != "cpu":
         return _pooled_max(values, radius)
-    array = values.view(torch.uint8).numpy() if values.dtype == torch.bool else values.numpy()
+    arrays = values.view(torch.uint8).numpy() if values.dtype == torch.bool else values.numpy()
     window = np.ones((2 * radius + 1, 2 * radius + 1), np.uint8)
-    return torch.from_numpy(cv2.dilate(array, window)).view(values.dtype)  # many times as fast as pooling on a CPU
+    found = np.stack([cv2.dilate(array, window) for array in arrays])  # many times as fast as pooling on a CPU
+    return torch.from_numpy(found).view(values.dtype)
 
 
 def _pooled_max(values: Tensor, radius: int) -> Tensor:
     numbers = values.float() if values.dtype == torch.bool else values
-    return F.max_pool2d(numbers[None, None], 2 * radius + 1, stride=1, padding=radius)[0, 0].to(values.dtype)
+    rows = F.max_pool2d(numbers[:, None], (1, 2 * radius + 1), stride=1, padding=(0, radius))
+    return F.max_pool2d(rows, (2 * radius + 1, 1), stride=1, padding=(radius, 0))[:, 0].to(values.dtype)
 
 
 def subpixel_offsets(logits: Float[Tensor, "h w"], points_yx: Int[Tensor, "k 2"]) -> Float[Tensor, "k 2"]:

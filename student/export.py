@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from samfeat.student.network import FEATURE_DIM, NetworkConfig, SAMFeatNetwork, network_preset
+from samfeat.student.network import NetworkConfig, SAMFeatNetwork, network_preset
 
 FORMAT = "samfeat-weights"
 VERSION = 1
@@ -85,8 +85,8 @@ def save_checkpoint(path: str | os.PathLike[str], network: SAMFeatNetwork) -> No
     a pixel beside their place there.
 
     Raises:
-        ValueError: their network computes something else with these weights: another edge attention than ``"row"``, or
-            an attention map from the backbone.
+        ValueError: their network computes something else with these weights: another edge attention than ``"row"``, an
+            attention map from the backbone, or other widths.
         OSError: the file cannot be written.
     """
     config = network.config
@@ -95,8 +95,12 @@ def save_checkpoint(path: str | os.PathLike[str], network: SAMFeatNetwork) -> No
             "the authors' network has edge_attention 'row' and attention_source 'fused', these weights "
             f"{config.edge_attention!r} and {config.attention_source!r}: write safetensors or ONNX instead"
         )
+    if config.widths != network_preset("released").widths:
+        raise ValueError(
+            f"the authors' network has other widths than {config.widths}: write safetensors or ONNX instead"
+        )
     tensors = {name: tensor.detach().cpu().clone() for name, tensor in network.state_dict().items()}
-    zeros = {"conv_det.weight": torch.zeros(1, FEATURE_DIM, 1, 1), "conv_det.bias": torch.zeros(1)}
+    zeros = {"conv_det.weight": torch.zeros(1, sum(config.widths), 1, 1), "conv_det.bias": torch.zeros(1)}
     buffer = io.BytesIO()
     torch.save(OrderedDict(zeros | tensors), buffer)
     write_bytes(path, buffer.getvalue())

@@ -9,9 +9,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args, overload
 
 import cv2
 import numpy as np
@@ -20,16 +21,19 @@ from torch import Tensor, nn
 
 from samfeat.student.detection import detect, subpixel_offsets
 from samfeat.student.export import load_weights, save_weights
+from samfeat.student.inference import InferenceNetwork, Maps
 from samfeat.student.network import (
     DESCRIPTOR_DIM,
     NetworkConfig,
     SAMFeatNetwork,
     network_preset,
     normalise,
-    resize,
     sample,
 )
 
+Precision = Literal["fp32", "bf16", "fp16"]
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SIZE_MULTIPLE = 16
 PYRAMID_FACTOR, PYRAMID_END = 2**0.25, 0.3
 
@@ -47,6 +51,9 @@ class ExtractionConfig:
         weighted_descriptors: multiply unit descriptors by their attention (``True``) or leave them at unit length.
         subpixel: refine keypoints by a quadratic fit to the logits around them, by at most half a pixel.
         multiscale: extract from a pyramid of scales 1 to 0.3 in steps of 2^(1/4) as well.
+        precision: arithmetic of the network's convolutions. ``"fp32"`` gives the exact features; ``"bf16"`` is for CPUs
+            with AVX-512 BF16 or AMX and for GPUs, ``"fp16"`` for GPUs. The weights stay as they are, and detection
+            logits and whatever follows them are float32 in any case.
 
     Raises:
         ValueError: a value out of range.
@@ -60,6 +67,7 @@ class ExtractionConfig:
     weighted_descriptors: bool = True
     subpixel: bool = True
     multiscale: bool = False
+    precision: Precision = "fp32"
 
     def __post_init__(self) -> None:
         if self.max_keypoints is not None and self.max_keypoints < 1:
@@ -70,12 +78,15 @@ class ExtractionConfig:
             raise ValueError(f"nms_radius ({self.nms_radius}) and border ({self.border}) must not be negative")
         if not math.isfinite(self.edge_gain):
             raise ValueError(f"edge_gain must be finite, got {self.edge_gain}")
+        if self.precision not in get_args(Precision):
+            raise ValueError(f"precision must be one of {get_args(Precision)}, got {self.precision!r}")
 
 
 EXTRACTION_PRESETS: dict[str, ExtractionConfig] = {
     "released": ExtractionConfig(max_keypoints=10_000, edge_gain=1.0, subpixel=False),
     "paper": ExtractionConfig(max_keypoints=10_000, subpixel=False),
     "default": ExtractionConfig(detection_threshold=0.5),
+    "slim": ExtractionConfig(detection_threshold=0.5),
 }
 
 
@@ -86,10 +97,13 @@ class _Features(NamedTuple):
 
 
 class SAMFeat(nn.Module):
-    """Keypoints and descriptors of an image.
+    """Keypoints and descriptors of images.
+
+    The network runs in the folded form of :mod:`samfeat.student.inference`, made from ``network`` when it is first
+    needed and again whenever the weights have changed.
 
     Args:
-        preset: ``"default"``, ``"paper"`` or ``"released"``: the network and the values of all options.
+        preset: ``"default"``, ``"slim"``, ``"paper"`` or ``"released"``: the network and the values of all options.
         weights: a weights file that belongs to the preset. Without one (and without ``network``) the network is
             untrained, the same one every time.
         network: a network to use instead of the preset's.
@@ -128,6 +142,8 @@ class SAMFeat(nn.Module):
                 )
             network, self.provenance = loaded.network(), loaded.provenance
         self.network = network or SAMFeatNetwork(config, generator=torch.Generator().manual_seed(0))
+        self._folded: _Folded | None = None
+        self._compile_options: dict[str, Any] | None = None
         self.eval()
 
     @classmethod
@@ -153,16 +169,35 @@ class SAMFeat(nn.Module):
         extraction = dataclasses.asdict(self.extraction)
         save_weights(path, self.network, extraction=extraction, provenance=self.provenance)
 
+    def compile(self, **options: Any) -> None:
+        """Compile the dense network with ``torch.compile`` when it next runs.
+
+        For many images of one size: every new size is compiled anew, which takes some ten seconds. Where compilation
+        fails (on a CPU it needs a C++ compiler), a warning says so and extraction goes on without.
+
+        Args:
+            **options: those of ``torch.compile``. ``mode="reduce-overhead"`` records CUDA graphs,
+                ``mode="max-autotune"`` tries kernels as well.
+        """
+        self._compile_options, self._folded = options, None
+
+    @overload
+    def extract(self, image: Sequence[Any]) -> list[dict[str, Tensor]]: ...
+    @overload
+    def extract(self, image: Any) -> Any: ...
     @torch.no_grad()
-    def extract(self, image: Any) -> dict[str, Tensor]:
-        """Features of one image, best first.
+    def extract(self, image: Any) -> Any:
+        """Features of one image, or of every image of a list, best first.
 
         Args:
             image: numpy uint8 [H, W, 3] (RGB), [H, W, 4] (alpha is ignored) or [H, W] (grey); a PIL image of 8 bits a
-                channel; or a torch tensor [3, H, W] or [1, H, W], uint8 or float in [0, 1].
+                channel; or a torch tensor [3, H, W] or [1, H, W], uint8 or float in [0, 1]. Or a list of such images:
+                on a GPU those of equal size run as one batch, so the list should be as long as memory allows, not
+                longer.
 
         Returns:
-            On the device of the network, K features (0 is a normal result, and the only one below about 16 pixels):
+            A dictionary (for a list: a list of them, in its order). On the device of the network, K features (0 is a
+            normal result, and the only one below about 16 pixels):
 
             - ``"keypoints"``: float32 [K, 2], (x, y) in pixels of ``image``; (0, 0) is the centre of the top-left one;
             - ``"scores"``: float32 [K], probability in [0, 1], descending;
@@ -172,51 +207,108 @@ class SAMFeat(nn.Module):
         Raises:
             ValueError: something else than an image as above, an empty one, or one with NaN or values out of range.
         """
-        pixels = as_rgb(image)
-        size = pixels.shape[0], pixels.shape[1]
-        levels = _pyramid(pixels) if self.extraction.multiscale else [pixels]
-        parts = [self._extract_level(level, size) for level in levels]
-        keypoints, scores, descriptors = (torch.cat(values) for values in zip(*parts, strict=True))
-        best = torch.sort(scores, descending=True, stable=True).indices[: self.extraction.max_keypoints]
-        return {
-            "keypoints": keypoints[best],
-            "scores": scores[best],
-            "descriptors": descriptors[best],
-            "image_size": torch.tensor((size[1], size[0]), device=keypoints.device),
-        }
+        if not isinstance(image, list | tuple):
+            return self._extract_equal([as_rgb(image)])[0]
+        images = [as_rgb(one) for one in image]
+        groups: dict[Any, list[int]] = {}
+        for number, pixels in enumerate(images):
+            on_cpu = next(self.network.parameters()).device.type == "cpu"  # where batches only cost memory
+            groups.setdefault(number if on_cpu else (pixels.shape, pixels.dtype), []).append(number)
+        found: dict[int, dict[str, Tensor]] = {}
+        for numbers in groups.values():
+            found |= zip(numbers, self._extract_equal([images[number] for number in numbers]), strict=True)
+        return [found[number] for number in range(len(images))]
 
-    def forward(self, image: Any) -> dict[str, Tensor]:
+    def forward(self, image: Any) -> Any:
         """The same as :meth:`extract`."""
         return self.extract(image)
 
-    def _extract_level(self, pixels: np.ndarray, image_size: tuple[int, int]) -> _Features:
-        """Features of ``pixels`` [h, w, 3], with keypoints in the coordinates of an image of ``image_size``."""
+    def _extract_equal(self, images: list[np.ndarray]) -> list[dict[str, Tensor]]:
+        """Features of images [H, W, 3] of one size and type."""
+        size = images[0].shape[0], images[0].shape[1]
+        pyramids = [_pyramid(pixels) if self.extraction.multiscale else [pixels] for pixels in images]
+        levels = [self._extract_level(level, size) for level in zip(*pyramids, strict=True)]
+        results = []
+        for parts in zip(*levels, strict=True):
+            keypoints, scores, descriptors = (torch.cat(values) for values in zip(*parts, strict=True))
+            best = torch.sort(scores, descending=True, stable=True).indices[: self.extraction.max_keypoints]
+            features = {"keypoints": keypoints[best], "scores": scores[best], "descriptors": descriptors[best]}
+            results.append(features | {"image_size": torch.tensor((size[1], size[0]), device=keypoints.device)})
+        return results
+
+    def _extract_level(self, images: Sequence[np.ndarray], image_size: tuple[int, int]) -> list[_Features]:
+        """Features of images [h, w, 3], with keypoints in the coordinates of images of ``image_size``."""
         options, convention = self.extraction, self.network.config.sampling
-        parameter = next(self.network.parameters())
-        size = _network_size(pixels.shape[0]), _network_size(pixels.shape[1])
+        device = next(self.network.parameters()).device
+        shape = images[0].shape[:2]
+        size = _network_size(shape[0]), _network_size(shape[1])
         if 0 in size:
-            return _Features(
-                *(torch.zeros(shape, device=parameter.device) for shape in ((0, 2), (0,), (0, DESCRIPTOR_DIM)))
-            )
+            empty = (torch.zeros(dimensions, device=device) for dimensions in ((0, 2), (0,), (0, DESCRIPTOR_DIM)))
+            return [_Features(*empty)] * len(images)
 
-        if size != pixels.shape[:2]:
-            pixels = cv2.resize(pixels, (size[1], size[0]), interpolation=cv2.INTER_LINEAR)
-        images = torch.from_numpy(pixels).to(parameter.device).permute(2, 0, 1)[None].float() / 255 * 2 - 1
-        dense = self.network(images.to(parameter.dtype))
+        if size != shape:
+            images = [cv2.resize(pixels, (size[1], size[0]), interpolation=cv2.INTER_LINEAR) for pixels in images]
+        folded = self._fold()
+        maps = folded.run(torch.from_numpy(np.stack(images)).to(device))
 
-        logits = dense.heatmap[0, 0]
-        if options.edge_gain:
-            logits = logits + options.edge_gain * resize(dense.edges, size)[0, 0]
-        points_yx = detect(logits, options.detection_threshold, radius=options.nms_radius, border=options.border)
-        points = points_yx.flip(1).float()
-        if options.subpixel:
-            points = points + subpixel_offsets(logits, points_yx)
-        scores = torch.sigmoid(logits[points_yx[:, 0], points_yx[:, 1]])
-
-        descriptors = normalise(sample(dense.descriptors, points[None], size, convention=convention)[0])
+        points, scores = [], []
+        for logits, points_yx in zip(
+            maps.logits,
+            detect(maps.logits, options.detection_threshold, radius=options.nms_radius, border=options.border),
+        ):
+            kept = points_yx if options.multiscale else points_yx[: options.max_keypoints]
+            offsets = subpixel_offsets(logits, kept) if options.subpixel else 0
+            points.append(kept.flip(1).float() + offsets)
+            scores.append(torch.sigmoid(logits[kept[:, 0], kept[:, 1]]).float())
+        descriptors = [
+            normalise(values) for values in folded.network.descriptors(maps, points, size, convention=convention)
+        ]
         if options.weighted_descriptors:
-            descriptors = descriptors * sample(dense.attention, points[None], size, convention=convention)[0]
-        return _Features(_rescale(points, size, image_size, convention), scores.float(), descriptors.float())
+            weights = [
+                sample(attention[None], p[None], size, convention=convention)[0]
+                for attention, p in zip(maps.attention, points)
+            ]
+            descriptors = [values * weight for values, weight in zip(descriptors, weights)]
+        rescaled = (_rescale(p.float(), size, image_size, convention) for p in points)
+        return [_Features(p, s, d.float()) for p, s, d in zip(rescaled, scores, descriptors, strict=True)]
+
+    def _fold(self) -> _Folded:
+        """The folded network of the weights as they are now."""
+        parameters = list(self.network.parameters())
+        if self._folded is None or not self._folded.holds(parameters):
+            dtype = parameters[0].dtype
+            if dtype == torch.float32:
+                dtype = DTYPES[self.extraction.precision]
+            network = InferenceNetwork(self.network, dtype=dtype, edge_gain=self.extraction.edge_gain)
+            self._folded = _Folded(network, parameters, self._compile_options)
+        return self._folded
+
+
+class _Folded:
+    """A folded network, and which weights it was made from."""
+
+    def __init__(self, network: InferenceNetwork, parameters: Sequence[Tensor], options: dict[str, Any] | None) -> None:
+        self.network = network
+        self.source = [(parameter.detach(), parameter._version) for parameter in parameters]
+        self.compiled: Callable[..., Maps] | None = None if options is None else torch.compile(network, **options)
+
+    def holds(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether these are the same weights, unchanged."""
+        return len(parameters) == len(self.source) and all(
+            parameter.data_ptr() == kept.data_ptr() and parameter._version == version and parameter.dtype == kept.dtype
+            for parameter, (kept, version) in zip(parameters, self.source)
+        )
+
+    def run(self, pixels: Tensor) -> Maps:
+        """Maps of uint8 or float [B, H, W, 3]; compiled where that was asked for and works."""
+        if self.compiled is not None:
+            try:
+                return self.compiled(pixels)
+            except RuntimeError as error:
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                warnings.warn(f"torch.compile failed ({reason}): extraction goes on without it", stacklevel=2)
+                self.compiled = None
+        return self.network(pixels)
 
 
 def as_rgb(image: Any) -> np.ndarray:

@@ -23,7 +23,6 @@ Sampling = Literal["released", "exact"]
 
 DESCRIPTOR_DIM = 128
 EMBEDDING_DIM = 256
-FEATURE_DIM = 64 + 64 + 128 + 128  # c1, c2, c3 and c4 side by side at 1/4 resolution
 ROW_ATTENTION_SCALE = 0.01  # 1 / sqrt(100 * 100), the positions of a 400 x 400 crop at 1/4; the same at every size
 STABLE_BIASES = {
     **dict.fromkeys(("heatmap1", "heatmap2", "heatmap3", "heatmap4"), -1.0),
@@ -46,6 +45,7 @@ class NetworkConfig:
             heads at the start; ``"stable"``: the same, but for the one-channel heads (see ``reset_parameters``).
         sampling: how points are looked up in the maps, see :func:`sample`.
         unused_head: keep ``conv_det``, which takes no part in the forward pass but has its place in released weights.
+        widths: channels of c1 to c4, the four resolutions of the backbone.
 
     Raises:
         ValueError: a value that is not one of the choices.
@@ -56,6 +56,7 @@ class NetworkConfig:
     initialisation: Initialisation = "stable"
     sampling: Sampling = "exact"
     unused_head: bool = False
+    widths: tuple[int, int, int, int] = (64, 64, 128, 128)
 
     def __post_init__(self) -> None:
         choices = {
@@ -69,6 +70,9 @@ class NetworkConfig:
                 raise ValueError(f"{name} must be one of {get_args(allowed)}, got {getattr(self, name)!r}")
         if not isinstance(self.unused_head, bool):
             raise ValueError(f"unused_head must be True or False, got {self.unused_head!r}")
+        object.__setattr__(self, "widths", tuple(self.widths))  # a list in JSON and YAML
+        if len(self.widths) != 4 or not all(isinstance(n, int) and n > 0 for n in self.widths):
+            raise ValueError(f"widths must be four positive numbers of channels, got {self.widths!r}")
 
 
 PRESETS: dict[str, NetworkConfig] = {
@@ -77,11 +81,12 @@ PRESETS: dict[str, NetworkConfig] = {
         edge_attention="pixel", attention_source="backbone", initialisation="released", sampling="released"
     ),
     "default": NetworkConfig(),
+    "slim": NetworkConfig(edge_attention="none", widths=(32, 64, 96, 128)),  # less than half the arithmetic
 }
 
 
 def network_preset(name: str) -> NetworkConfig:
-    """The network configuration called ``name``: ``"released"``, ``"paper"`` or ``"default"``.
+    """The network configuration called ``name``: ``"released"``, ``"paper"``, ``"default"`` or ``"slim"``.
 
     Raises:
         ValueError: no preset has that name.
@@ -126,30 +131,34 @@ class SAMFeatNetwork(nn.Module):
     def __init__(self, config: NetworkConfig, *, generator: torch.Generator | None = None) -> None:
         super().__init__()
         self.config = config
+        n1, n2, n3, n4 = config.widths
+        channels = sum(config.widths)  # of c1 to c4 side by side at 1/4 resolution
 
         # Backbone (section III-A): eight convolutions, three poolings.
-        self.conv1a, self.conv1b = _conv(3, 64), _conv(64, 64)
-        self.conv2a, self.conv2b = _conv(64, 64), _conv(64, 64)
-        self.conv3a, self.conv3b = _conv(64, 128), _conv(128, 128)
-        self.conv4a, self.conv4b = _conv(128, 128), _conv(128, 128)
+        self.conv1a, self.conv1b = _conv(3, n1), _conv(n1, n1)
+        self.conv2a, self.conv2b = _conv(n1, n2), _conv(n2, n2)
+        self.conv3a, self.conv3b = _conv(n2, n3), _conv(n3, n3)
+        self.conv4a, self.conv4b = _conv(n3, n4), _conv(n4, n4)
 
         # Distillation head (section III-B) and the way of what it learnt back into c4.
-        self.dist_conv_feat = _conv(128, EMBEDDING_DIM)
-        self.dist_conv_fushion = _conv(EMBEDDING_DIM, 128)
+        self.dist_conv_feat = _conv(n4, EMBEDDING_DIM)
+        self.dist_conv_fushion = _conv(EMBEDDING_DIM, n4)
 
         # Detection heads, one a resolution.
-        self.heatmap1, self.heatmap2 = DetectionHead(64), DetectionHead(64)
-        self.heatmap3, self.heatmap4 = DetectionHead(128), DetectionHead(128)
+        self.heatmap1, self.heatmap2 = DetectionHead(n1), DetectionHead(n2)
+        self.heatmap3, self.heatmap4 = DetectionHead(n3), DetectionHead(n4)
         self.fuse_weight_1, self.fuse_weight_2 = _scalar(0.1), _scalar(0.2)
         self.fuse_weight_3, self.fuse_weight_4 = _scalar(0.3), _scalar(0.4)
 
         # Edge head, edge attention guidance, attention head, descriptor head.
-        self.conv_edg = _conv(FEATURE_DIM, 1, size=1)
-        self.egde_module = None if config.edge_attention == "none" else EdgeAttentionGuidance(config.edge_attention)
+        self.conv_edg = _conv(channels, 1, size=1)
+        self.egde_module = None
+        if config.edge_attention != "none":
+            self.egde_module = EdgeAttentionGuidance(config.edge_attention, channels)
         self.scalemap = _conv(1, 1)
-        self.conv_des = _conv(FEATURE_DIM, DESCRIPTOR_DIM)
+        self.conv_des = _conv(channels, DESCRIPTOR_DIM)
         if config.unused_head:
-            self.conv_det = _conv(FEATURE_DIM, 1, size=1)
+            self.conv_det = _conv(channels, 1, size=1)
 
         self.reset_parameters(generator)
 
@@ -251,14 +260,15 @@ class EdgeAttentionGuidance(nn.Module):
 
     Args:
         kind: ``"row"`` or ``"pixel"``, see :class:`NetworkConfig`.
+        channels: of the features.
     """
 
-    def __init__(self, kind: Literal["row", "pixel"]) -> None:
+    def __init__(self, kind: Literal["row", "pixel"], channels: int) -> None:
         super().__init__()
         self.kind = kind
-        self.query_conv = _conv(FEATURE_DIM, FEATURE_DIM, size=1)
-        self.key_conv = _conv(FEATURE_DIM, FEATURE_DIM, size=1)
-        self.value_conv = _conv(FEATURE_DIM, FEATURE_DIM, size=1)
+        self.query_conv = _conv(channels, channels, size=1)
+        self.key_conv = _conv(channels, channels, size=1)
+        self.value_conv = _conv(channels, channels, size=1)
 
     def forward(self, edge_features: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """Attended values of ``edge_features``, the features multiplied by the edge probability."""
@@ -268,7 +278,7 @@ class EdgeAttentionGuidance(nn.Module):
             scores = ROW_ATTENTION_SCALE * (query @ key.transpose(-1, -2))
             return scores.softmax(dim=-1).to(value.dtype) @ value
         query, key, value = (x.flatten(2).transpose(1, 2).unsqueeze(1) for x in (query, key, value))
-        attended = F.scaled_dot_product_attention(query, key, value, scale=1 / math.sqrt(FEATURE_DIM))
+        attended = F.scaled_dot_product_attention(query, key, value, scale=1 / math.sqrt(edge_features.shape[1]))
         return attended.squeeze(1).transpose(1, 2).unflatten(2, edge_features.shape[-2:])
 
 
@@ -302,15 +312,26 @@ def sample(
     Raises:
         ValueError: another convention.
     """
-    if convention not in get_args(Sampling):
-        raise ValueError(f"convention must be one of {get_args(Sampling)}, got {convention!r}")
     maps = _full_precision(maps)
-    height, width = image_size
-    size = torch.tensor((width, height), dtype=maps.dtype, device=maps.device)
-    points = points.to(maps.dtype)
-    grid = (2 * points + 1) / size - 1 if convention == "exact" else 2 * points / (size - 1) - 1
+    grid = sampling_grid(points.to(maps.dtype), image_size, convention=convention)
     values = F.grid_sample(maps, grid[:, :, None], mode="bilinear", padding_mode="border", align_corners=False)
     return values[..., 0].transpose(1, 2)
+
+
+def sampling_grid(
+    points: Float[Tensor, "*b 2"], image_size: tuple[int, int], *, convention: Sampling
+) -> Float[Tensor, "*b 2"]:
+    """Where ``points`` lie in a map, as ``grid_sample`` counts without ``align_corners``: its borders are -1 and 1.
+
+    Arguments as in :func:`sample`.
+
+    Raises:
+        ValueError: another convention.
+    """
+    if convention not in get_args(Sampling):
+        raise ValueError(f"convention must be one of {get_args(Sampling)}, got {convention!r}")
+    size = torch.tensor((image_size[1], image_size[0]), dtype=points.dtype, device=points.device)
+    return (2 * points + 1) / size - 1 if convention == "exact" else 2 * points / (size - 1) - 1
 
 
 def normalise(descriptors: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:

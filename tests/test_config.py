@@ -83,3 +83,7 @@ def test_changes_are_what_differs_from_the_preset(tmp_path):
     own.unlink()
     with pytest.raises(ValueError, match="unknown preset"):
         changes(config)
+
+
+def test_the_slim_student_is_one_override_away():
+    assert load_config("sample", ["network_preset=slim"]).network == PRESETS["slim"]

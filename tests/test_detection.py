@@ -38,25 +38,35 @@ def test_greedy_nms_equals_the_plain_loop(kind, radius):
     scores = maps(kind, rng)
     for share in (1.0, 0.3):
         candidates = rng.random(scores.shape) < share
-        kept = greedy_nms(torch.from_numpy(scores), torch.from_numpy(candidates), radius=radius)
+        (kept,) = greedy_nms(torch.from_numpy(scores)[None], torch.from_numpy(candidates)[None], radius=radius)
         assert kept.tolist() == greedy_loop(scores, candidates, radius)
 
 
+def test_greedy_nms_keeps_the_maps_of_a_batch_apart():
+    rng = np.random.default_rng(3)
+    scores = np.stack([maps(kind, rng) for kind in ("smooth", "ties", "constant", "plateaus")])
+    candidates = rng.random(scores.shape) < 0.5
+    candidates[2] = False
+    found = greedy_nms(torch.from_numpy(scores), torch.from_numpy(candidates), radius=3)
+    for kept, score, candidate in zip(found, scores, candidates, strict=True):
+        assert kept.tolist() == greedy_loop(score, candidate, 3)
+
+
 def test_greedy_nms_differs_from_keeping_local_maxima():
-    scores = torch.tensor([[1.0, 2.0, 3.0, 2.5, 1.0]])  # 2.5 is dropped by 3, so 1 at the end survives
-    kept = greedy_nms(scores, torch.ones_like(scores, dtype=torch.bool), radius=1)
+    scores = torch.tensor([[[1.0, 2.0, 3.0, 2.5, 1.0]]])  # 2.5 is dropped by 3, so 1 at the end survives
+    (kept,) = greedy_nms(scores, torch.ones_like(scores, dtype=torch.bool), radius=1)
     assert kept.tolist() == [2, 0, 4]
 
 
 def test_greedy_nms_without_candidates():
-    kept = greedy_nms(torch.rand(5, 6), torch.zeros(5, 6, dtype=torch.bool), radius=4)
+    (kept,) = greedy_nms(torch.rand(1, 5, 6), torch.zeros(1, 5, 6, dtype=torch.bool), radius=4)
     assert kept.shape == (0,)
     assert kept.dtype == torch.int64
 
 
 @pytest.mark.parametrize("radius", [0, 1, 4])
 def test_pooling_of_other_devices_gives_the_same_windows(radius):
-    values = torch.rand((23, 31), generator=torch.Generator().manual_seed(0))
+    values = torch.rand((2, 23, 31), generator=torch.Generator().manual_seed(0))
     assert torch.equal(_window_max(values, radius), _pooled_max(values, radius))
     assert torch.equal(_window_max(values > 0.99, radius), _pooled_max(values > 0.99, radius))
 
@@ -64,21 +74,21 @@ def test_pooling_of_other_devices_gives_the_same_windows(radius):
 def test_detect_thresholds_the_probability_and_includes_it():
     logits = torch.full((20, 30), -10.0)
     logits[8, 9], logits[8, 20], logits[15, 10] = 2.5, 0.0, -0.01
-    assert detect(logits, 0.5, radius=4, border=4).tolist() == [[8, 9], [8, 20]]
+    assert detect(logits[None], 0.5, radius=4, border=4)[0].tolist() == [[8, 9], [8, 20]]
 
 
 def test_detect_removes_the_border_after_suppression():
     logits = torch.full((20, 30), -10.0)
     logits[3, 10], logits[6, 10] = 5.0, 4.0  # the first lies in the border, yet drops the second
     logits[4, 25], logits[15, 4], logits[16, 15], logits[10, 26] = 3.0, 2.0, 2.0, 2.0
-    assert detect(logits, 0.5, radius=4, border=4).tolist() == [[4, 25], [15, 4]]
-    assert detect(logits, 0.5, radius=4, border=0).tolist() == [[3, 10], [4, 25], [10, 26], [15, 4], [16, 15]]
+    assert detect(logits[None], 0.5, radius=4, border=4)[0].tolist() == [[4, 25], [15, 4]]
+    assert detect(logits[None], 0.5, radius=4, border=0)[0].tolist() == [[3, 10], [4, 25], [10, 26], [15, 4], [16, 15]]
 
 
 def test_saturated_probabilities_are_still_ordered():
     logits = torch.full((9, 30), -10.0)
     logits[4, 4], logits[4, 14], logits[4, 24] = 30.0, 50.0, 40.0  # sigmoid of all three is 1 in float32
-    assert detect(logits, 0.5, radius=4, border=0).tolist() == [[4, 14], [4, 24], [4, 4]]
+    assert detect(logits[None], 0.5, radius=4, border=0)[0].tolist() == [[4, 14], [4, 24], [4, 4]]
 
 
 def quadratic(peak_x, peak_y, *, a=-1.0, b=-0.7, c=0.4, shape=(15, 17)):

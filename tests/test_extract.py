@@ -131,7 +131,7 @@ def test_samfeat_from_its_weights_file(tmp_path, photo):
     features = method(photo)
     expected = model.extract(photo)
     assert features["keypoints"] == pytest.approx(expected["keypoints"][:20].numpy())
-    assert features["descriptors"] == pytest.approx(expected["descriptors"][:20].numpy())
+    assert features["descriptors"] == pytest.approx(expected["descriptors"][:20].numpy(), abs=1e-5)
     assert method.config["max_keypoints"] == 20
     many = load_method("samfeat", weights=tmp_path / "a.safetensors", multiscale=True, device="cpu")
     assert len(many(photo)["scores"]) > len(expected["scores"])

@@ -94,6 +94,26 @@ def test_cost(meta, size, gflop):
     assert counter.get_total_flops() / 1e9 == pytest.approx(gflop, abs=0.01)
 
 
+def test_slim_needs_less_than_half_the_arithmetic():
+    with torch.device("meta"):
+        slim = SAMFeatNetwork(network_preset("slim"))
+    with FlopCounterMode(display=False) as counter:
+        output = slim(torch.empty(1, 3, 480, 640, device="meta"))
+    assert counter.get_total_flops() / 1e9 < 90.05 / 2
+    assert output.descriptors.shape == (1, 128, 120, 160)
+    assert output.distilled.shape == (1, 256, 60, 80)  # what the teacher's embedding asks for
+
+
+@pytest.mark.parametrize("widths", [(64, 64, 128), (64, 64, 128, 0), (64, 64, 128, 1.5)])
+def test_config_names_wrong_widths(widths):
+    with pytest.raises(ValueError, match="widths must be four positive numbers"):
+        NetworkConfig(widths=widths)
+
+
+def test_widths_may_come_as_a_list_from_a_file():
+    assert NetworkConfig(widths=[64, 64, 128, 128]) == NetworkConfig()
+
+
 def test_odd_sizes_run():
     output = build()(images(43, 37))
     assert output.heatmap.shape == (1, 1, 43, 37)
@@ -238,7 +258,7 @@ def softmax(scores):
 
 def guidance(kind):
     generator = torch.Generator().manual_seed(3)
-    module = EdgeAttentionGuidance(kind)
+    module = EdgeAttentionGuidance(kind, 384)
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.1, generator=generator)
     return module, torch.randn((2, 384, 5, 7), generator=generator)
