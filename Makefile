@@ -45,7 +45,7 @@ demo: $(READY)  ## the whole mission on the embedded sample, about ten minutes o
 	$(CLI) match $(DEMO)/sample/Undistorted_SfM/0000/images/left.jpg $(DEMO)/sample/Undistorted_SfM/0000/images/right.jpg --weights $(DEMO)/run/weights.safetensors --out $(DEMO)/matches.png
 	@echo "== look at"
 	@echo "$(DEMO)/gallery.html             what the teacher saw"
-	@echo "$(DEMO)/run/curves.png           how the student learned"
+	@echo "$(DEMO)/run/report.html          how the student learned"
 	@echo "$(DEMO)/evaluation/mma.png       its accuracy beside SIFT's"
 	@echo "$(DEMO)/matches.png              its matches on a real image pair"
 	@echo "$(DEMO)/run/weights.safetensors  the student itself: SAMFeat.from_pretrained(...)"
