@@ -262,17 +262,11 @@ def speed(
 ) -> None:
     """Time SAMFeat, full and slim, in every precision the device is fast in, beside SIFT, ORB and peers."""
     must_exist(*(path for path in (weights, peers) if path))
-    import torch
-
+    from samfeat.pipelines.methods import choose_device
     from samfeat.pipelines.speed import benchmark_speed, other_methods, parse_size, table
     from samfeat.student.extractor import SAMFeat
 
-    pixels = parse_size(size)
-    where = device.value
-    if where == "auto":
-        where = "cuda" if torch.cuda.is_available() else "cpu"
-    if where == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device 'cuda': no GPU is usable here, choose cpu or auto")
+    pixels, where = parse_size(size), choose_device(device.value)
     full = SAMFeat.from_pretrained(weights, max_keypoints=max_keypoints) if weights else None
     models = {
         "SAMFeat": full or SAMFeat(max_keypoints=max_keypoints, detection_threshold=0.0),

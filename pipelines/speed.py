@@ -23,13 +23,12 @@ import torch
 
 from samfeat.pipelines.extract import Progress
 from samfeat.pipelines.files import write_bytes
-from samfeat.pipelines.methods import Method, load_method
+from samfeat.pipelines.methods import PEERS, Method, load_method
+from samfeat.pipelines.processes import has_bf16
 from samfeat.student.extractor import DTYPES, SAMFeat
 from samfeat.student.inference import InferenceNetwork
 
 Contender = Callable[[], object]
-
-PEERS = ("xfeat", "aliked", "disk")
 
 
 class Timing(NamedTuple):
@@ -49,10 +48,8 @@ class Timing(NamedTuple):
 
 def precisions(device: str) -> list[str]:
     """Precisions that a device has in hardware: ``fp32`` first, ``bf16`` and ``fp16`` where they are fast."""
-    if device.startswith("cuda"):
-        return ["fp32", "bf16", "fp16"]
-    bf16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return ["fp32", "bf16"] if bf16 else ["fp32"]
+    narrow = ["bf16"] if has_bf16(torch.device(device)) else []
+    return ["fp32", *narrow, *(["fp16"] if device.startswith("cuda") else [])]
 
 
 def samfeat_contenders(

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from eq8 import LargestTensor
 from skimage.measure import block_reduce
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from samfeat.student.losses import descriptor_loss, detection_loss, edge_loss, excluded_negatives, wsc_loss
 
@@ -39,19 +39,6 @@ def assert_finite_gradients(loss: Tensor, *inputs: Tensor) -> None:
     assert torch.isfinite(loss)
     for gradient in torch.autograd.grad(loss, inputs):
         assert torch.isfinite(gradient).all()
-
-
-class LargestTensor(TorchDispatchMode):
-    """Remembers the number of elements of the largest tensor that any operation returned."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for value in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(value, Tensor):
-                self.elements = max(self.elements, value.numel())
-        return result
 
 
 # ------------------------------------------------------------------------------------------------------- detection

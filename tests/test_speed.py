@@ -83,7 +83,7 @@ def test_the_table_holds_every_contender(tmp_path, monkeypatch):
 
 def test_peers_need_weights(tmp_path):
     assert [m.name for m in speed.other_methods(None, max_keypoints=9, device="cpu")] == ["sift", "orb"]
-    with pytest.raises(FileNotFoundError, match="begin with xfeat, aliked, disk"):
+    with pytest.raises(FileNotFoundError, match="begin with aliked, disk, xfeat"):
         speed.other_methods(tmp_path, max_keypoints=9, device="cpu")
 
 
