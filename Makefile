@@ -16,7 +16,7 @@ CLI := $(BIN)/samfeat-cli
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test teacher-cache inspect train evaluate check bench figure clean clean-cache
+.PHONY: help install demo test teacher-cache inspect train evaluate check bench docs-check figure clean clean-cache
 
 help:  ## list the verbs
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -77,6 +77,9 @@ check: $(READY)  ## formatting, lint, types, import contracts
 
 bench: $(READY)  ## measurements, written to bench/
 	@for file in tests/benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file; done
+
+docs-check: $(READY)  ## run the documentation's code blocks on what the demo left in DEMO
+	$(BIN)/python tests/run_docs.py --demo $(DEMO)
 
 figure: $(READY)  ## the README's picture, from what the demo left in DEMO
 	$(BIN)/python tests/benchmarks/draw_demo.py --demo $(DEMO)
