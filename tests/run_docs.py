@@ -2,8 +2,8 @@
 
     python tests/run_docs.py [--demo demo] [page ...]
 
-Blocks of a page are run in order, in a folder of its own that holds the demo: `bash` blocks in one shell after the other with
-the variables of the first, `python` blocks each in an interpreter of its own. Lines that install packages are left out.
+Blocks of a page are run in order, in a folder of its own that holds the demo: `bash` blocks each in a shell with the
+variables of those before, `python` blocks each in an interpreter. Lines that install packages are left out.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ def run_page(page: Path, demo: Path) -> int:
     variables, failed = "", 0
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "demo").symlink_to(demo.resolve())
+        (Path(folder) / "hubconf.py").symlink_to(ROOT / "hubconf.py")
         for language, text in blocks(page):
             first = text.strip().splitlines()[0] if text.strip() else "(nothing)"
             print(f"== {page.name}: {first}", flush=True)
