@@ -14,8 +14,8 @@ def samfeat(preset: str | None = None, weights: str | None = None, **options: An
     """The feature extractor ``samfeat.SAMFeat``; its ``extract`` documents the keys of features.
 
     Args:
-        preset: ``"default"``, ``"slim"``, ``"paper"`` or ``"released"``. Without one, the network and the options are those of the
-            weights file, or ``"default"``.
+        preset: ``"default"``, ``"slim"``, ``"paper"`` or ``"released"``. Without one, the network and the options are
+            those of the weights file, or ``"default"``.
         weights: a weights file (of the preset, where one is given); untrained without one.
         **options: extraction options that differ, such as ``max_keypoints=2048``.
 
