@@ -43,7 +43,7 @@ class Limits(NamedTuple):
     shared_memory: int
 
 
-_TILES = (  # the first that fits is taken; none spills registers within its loop, as compiled for 9.0, 8.0 and 8.6
+_TILES = (  # the first that fits is taken; as compiled for 8.0 and 8.6 none spills registers, for 9.0 the first a few
     Tile(128, 32, 8, 3),
     Tile(128, 32, 8, 2),
     Tile(64, 32, 8, 2),

@@ -107,3 +107,20 @@ def test_errors_that_mean_too_little_memory():
     assert out_of_memory(MemoryError())
     assert out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     assert not out_of_memory(RuntimeError("shapes differ"))
+
+
+@pytest.mark.slow
+def test_a_compiled_network_takes_the_same_step(raw):
+    plain, compiled = step_of(), step_of("run.compile=true")
+    expected, got = (step(raw, 0, learning_rate=1e-4, part=PART) for step in (plain, compiled))
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    for name, weight in plain.student.named_parameters():
+        torch.testing.assert_close(
+            compiled.student.get_parameter(name).grad, weight.grad, rtol=1e-3, atol=1e-4, msg=name
+        )
+
+
+def test_compiling_needs_a_compiler(monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(ValueError, match=r"run\.compile=true needs a C\+\+ compiler"):
+        step_of("run.compile=true")
