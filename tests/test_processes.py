@@ -38,12 +38,12 @@ def command(cache, out, *more: str) -> list[str]:
 
 
 def run(words: list[str], *, module: tuple[str, ...] = ("samfeat.cli",)) -> subprocess.CompletedProcess:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "400"}
     return subprocess.run([sys.executable, "-m", *module, *words], capture_output=True, text=True, env=environment)
 
 
 def start(words: list[str]) -> subprocess.Popen:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "400"}
     arguments = [sys.executable, "-u", "-m", "samfeat.cli", *words]
     return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
