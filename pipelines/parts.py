@@ -52,7 +52,7 @@ class Parts:
     def add(self, key: str, arrays: Mapping[str, np.ndarray]) -> None:
         """Keeps a part."""
         buffer = io.BytesIO()
-        np.savez(buffer, **arrays)  # type: ignore[arg-type]
+        np.savez(buffer, **arrays)  # type: ignore[arg-type]  # numpy types one keyword of its own
         write_bytes(self._path(key), buffer.getvalue())
 
     @contextmanager

@@ -191,7 +191,7 @@ def series(rows: Sequence[Row], name: str) -> list[tuple[float, float]]:
 
 def _show(writer: SummaryWriter, tag: str, picture: np.ndarray, step: int) -> None:
     """As ``SummaryWriter.add_image``, which would take most of a report's time, and megabytes, for its PNG."""
-    from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
+    from tensorboard.compat.proto.summary_pb2 import Summary
 
     image = Summary.Image(height=len(picture), width=picture.shape[1], colorspace=3, encoded_image_string=jpeg(picture))
     cast(Any, writer.file_writer).add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)

@@ -127,7 +127,7 @@ def compare(path: str | os.PathLike[str], extractor: SAMFeat, image: Float[Tenso
         ValueError: the file is not such a model, or a package is missing.
     """
     check_packages()
-    import onnxruntime  # type: ignore[import-untyped]
+    import onnxruntime
 
     try:
         session = onnxruntime.InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
