@@ -111,10 +111,10 @@ def _alive(path: UPath, owner: dict[str, Any]) -> bool:
         return _started(owner["pid"]) == owner["started"]
     for _ in range(math.ceil(PATIENCE)):
         time.sleep(owner["beat"])
-        now = _read(path)
-        if now is None:  # it has just ended
+        if not path.exists():  # it has just ended
             return False
-        if now["count"] != owner["count"]:
+        now = _read(path)
+        if now is not None and now["count"] != owner["count"]:
             return True
     return False
 

@@ -51,7 +51,7 @@ def elsewhere(store, **changes):
     folder = store.parent / f"{store.name}.locks"
     folder.mkdir(exist_ok=True)
     owner = {"host": "elsewhere", "boot": "1", "pid": 7, "started": "1", "part": [0, 1], "beat": 0.1, "count": 0}
-    (folder / "other.json").write_text(json.dumps(owner | changes))
+    lock_module._write(folder / "other.json", owner | changes)
     return folder / "other.json"
 
 
@@ -105,6 +105,16 @@ def test_an_owner_elsewhere_lives_while_its_number_grows_whatever_the_clocks_say
     with lock_store(store, report=said.append):
         assert len(files(store)) == 1
     assert "process 7 on elsewhere" in said[0]
+
+
+def test_an_owner_whose_lock_cannot_be_read_for_a_moment_is_not_dead(store, monkeypatch):
+    path = elsewhere(store)
+    found = lock_module._read(path)
+    looks = iter([None, None, found, found | {"count": 1}])
+    monkeypatch.setattr(lock_module, "_read", lambda _: next(looks))
+    assert lock_module._alive(path, found | {"beat": 0.001})
+    looks = iter([None] * 5)
+    assert not lock_module._alive(path, found | {"beat": 0.001})
 
 
 def test_signs_of_life_are_given_and_released(store):
