@@ -99,6 +99,9 @@ def match_command(
     image0: Annotated[Path, typer.Argument(help="First photograph.")],
     image1: Annotated[Path, typer.Argument(help="Second photograph.")],
     out: Annotated[Path, typer.Option(help="Picture of the matches.")] = Path("matches.png"),
+    maps: Annotated[
+        Path | None, typer.Option(help="Also a picture of keypoints and, of samfeat, heat-map, attention and edges.")
+    ] = None,
     method: MethodOption = "samfeat",
     weights: WeightsOption = None,
     verify: Annotated[Verification, typer.Option(help="Geometric verification.")] = Verification.fundamental,
@@ -113,7 +116,7 @@ def match_command(
 
     chosen = _method(method, weights, max_keypoints, device)
     found = match_images(
-        image0, image1, out, method=chosen, verify=verify.value, estimator=estimator.value, ratio=ratio
+        image0, image1, out, method=chosen, verify=verify.value, estimator=estimator.value, ratio=ratio, maps=maps
     )
     kept = "" if found["inliers"] is None else f", [bold]{found['inliers']}[/] of them agree with one {verify.value}"
     drawn = f" ({found['drawn']} drawn)" if found["drawn"] < found["matches"] else ""
@@ -228,6 +231,7 @@ def evaluate(
     """Evaluate features, or edges. Predicts once, then evaluates what is stored. Run again to go on."""
     must_exist(data, *([weights] if weights else []))
     from samfeat.pipelines.evaluate import find_evaluation
+    from samfeat.pipelines.evaluation_report import write_evaluation_report
 
     run = find_evaluation(benchmark)
     out = out or Path("runs") / benchmark
@@ -240,7 +244,20 @@ def evaluate(
     with progress_bar(f"{name or chosen.name} on {benchmark}") as bar:
         run(data, out, method=chosen, name=name, overwrite=overwrite, progress=bar)
     console.print((out / "table.md").read_text(), markup=False, soft_wrap=True, end="")
-    console.print(f"results and figures in [bold]{out}[/]")
+    page = write_evaluation_report(out / "report.html", [out])
+    console.print(f"results and figures in [bold]{out}[/], side by side in [bold]{page}[/]")
+
+
+@features.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="Folders that `evaluate` has written.")],
+    out: Annotated[Path, typer.Option(help="The page.")] = Path("report.html"),
+) -> None:
+    """Put several evaluations, and all methods in them, on one page."""
+    from samfeat.pipelines.evaluation_report import write_evaluation_report
+
+    must_exist(*folders)
+    console.print(f"[bold]{write_evaluation_report(out, folders)}[/]")
 
 
 benchmark = typer.Typer(no_args_is_help=True, help="Measure this machine.")

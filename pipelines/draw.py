@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 GREEN, RED, YELLOW = (60, 200, 90), (225, 65, 60), (255, 210, 60)
 INK, PAPER = (30, 30, 30), (255, 255, 255)
 WORST = 5.0  # pixels, the error from which on a match is plain red
+MOST = 300  # matches of a picture; more lines than that hide the images
 LEAST = 320  # pixels, the least side of an image before anything is drawn over it
 _SHIFT = 4  # OpenCV draws in fixed point: coordinates in 1 / 2**_SHIFT pixels
 
@@ -57,6 +58,33 @@ def draw_matches(
         for point in (start, end):
             cv2.circle(canvas, point, 2 << _SHIFT, color, -1, cv2.LINE_AA, _SHIFT)
     return canvas
+
+
+def draw_errors(
+    image0: np.ndarray,
+    image1: np.ndarray,
+    points0: np.ndarray,
+    points1: np.ndarray,
+    errors: np.ndarray,
+    *,
+    worst: float = WORST,
+    most: int = MOST,
+) -> np.ndarray:
+    """:func:`draw_matches` coloured by error: ``most`` of them, chosen once and for all, the best ones on top.
+
+    Args:
+        image0: see :func:`draw_matches`.
+        image1: see :func:`draw_matches`.
+        points0: see :func:`draw_matches`.
+        points1: see :func:`draw_matches`.
+        errors: [M], see :func:`error_colors`.
+        worst: see :func:`error_colors`.
+        most: number of matches to draw, at random, so that right and wrong ones have their fair share.
+    """
+    chosen = np.random.default_rng(0).permutation(len(errors))[:most]
+    chosen = chosen[np.argsort(-errors[chosen], kind="stable")]
+    colors = error_colors(errors[chosen], worst=worst)
+    return draw_matches(image0, image1, points0[chosen], points1[chosen], colors=colors)
 
 
 def draw_keypoints(image: np.ndarray, keypoints: np.ndarray, scores: np.ndarray | None = None) -> np.ndarray:

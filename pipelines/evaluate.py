@@ -30,6 +30,8 @@ EVALUATIONS = {
 }
 """Where each evaluation is: a function of (data, output, *, method, name, overwrite, progress) that writes table.md."""
 
+PICTURES = 4  # pairs in a picture of matches
+
 
 def find_evaluation(name: str) -> Callable[..., dict[str, Any]]:
     """The function of an evaluation, see ``EVALUATIONS``.
@@ -123,6 +125,12 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown; the first column is text, the others are numbers."""
     lines = [header, ["---"] + ["--:"] * (len(header) - 1), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def best_to_worst(errors: Sequence[float] | np.ndarray) -> list[int]:
+    """Indices of ``PICTURES`` pairs to show, spread evenly from the least error to the largest."""
+    order = np.argsort(errors, kind="stable")
+    return order[np.linspace(0, len(order) - 1, min(PICTURES, len(order))).round().astype(int)].tolist()
 
 
 def error_auc(errors: Sequence[float] | np.ndarray, thresholds: Sequence[float]) -> list[float]:

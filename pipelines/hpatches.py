@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from samfeat.pipelines.draw import error_figure, mma_figure
-from samfeat.pipelines.evaluate import collect_results, error_auc, predict, write_results, write_table
+from samfeat.pipelines.draw import draw_errors, error_figure, mma_figure, panel, save_png
+from samfeat.pipelines.evaluate import best_to_worst, collect_results, error_auc, predict, write_results, write_table
 from samfeat.pipelines.extract import Progress
+from samfeat.pipelines.formats import Features
 from samfeat.pipelines.match import estimate, matched_points
 from samfeat.pipelines.methods import Method
+from samfeat.pipelines.overlays import feature_tiles
 from samfeat.teacher_cache.images import IMAGE_SUFFIXES, read_image
 
 THRESHOLDS = tuple(range(1, 11))
@@ -185,8 +187,9 @@ def evaluate_hpatches(
 ) -> dict[str, Any]:
     """Evaluates a method on the sequences of a folder.
 
-    Writes ``<output>/<name>/features.h5`` and ``results.json``, and from the results of all methods in ``output`` the
-    table ``table.md`` and the figures ``mma.png`` and ``homography.png``.
+    Writes ``<output>/<name>/features.h5``, ``results.json``, and pictures of some pairs, from the best to the worst:
+    ``matches.png`` and ``keypoints.png``; and from the results of all methods in ``output`` the table ``table.md`` and
+    the figures ``mma.png`` and ``homography.png``.
 
     Args:
         folder: the sequences, see :func:`find_sequences`.
@@ -249,8 +252,26 @@ def evaluate_hpatches(
         ],
     }
     write_results(Path(output) / name, results)
+    shown = [pairs[i] for i in best_to_worst([1 - mma([e])[:5].mean() for e in errors])]
+    _draw(Path(output) / name, shown, features)
     write_comparison(output, dataset)
     return results
+
+
+def _draw(folder: Path, pairs: Sequence[tuple[PlanarSequence, int]], features: Callable[[str], Features]) -> None:
+    """Writes ``matches.png``, matches coloured by error, and ``keypoints.png``, keypoints by score, of some pairs."""
+    matches, keypoints = [], []
+    for sequence, number in pairs:
+        paths = sequence.images[1], sequence.images[number]
+        image0, image1 = map(read_image, paths)
+        found0, found1 = (features(f"{sequence.name}/{path.name}") for path in paths)
+        points0, points1 = matched_points(found0, found1)
+        errors = _distances(_project(points0, sequence.homographies[number]), points1)
+        title = f"{sequence.name} 1, {number}: {len(errors)} matches, {100 * mma([errors], [3])[0]:.0f} % within 3 px"
+        matches.append([(title, draw_errors(image0, image1, points0, points1, errors))])
+        keypoints.append(feature_tiles(image0, found0) + feature_tiles(image1, found1))
+    save_png(folder / "matches.png", panel(matches, height=320))
+    save_png(folder / "keypoints.png", panel(keypoints, height=320))
 
 
 def write_comparison(output: str | Path, dataset: Mapping[str, Any]) -> None:

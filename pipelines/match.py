@@ -13,17 +13,17 @@ import cv2
 import numpy as np
 import pycolmap
 
-from samfeat.pipelines.draw import draw_matches, inlier_colors, save_png
+from samfeat.pipelines.draw import MOST, draw_matches, inlier_colors, panel, save_png
 from samfeat.pipelines.extract import Progress
 from samfeat.pipelines.formats import FeatureFile, Features, write_colmap_database, write_matches
 from samfeat.pipelines.methods import Method
+from samfeat.pipelines.overlays import feature_tiles
 from samfeat.pipelines.parts import Parts, open_hdf5
 from samfeat.teacher_cache.images import read_image
 
 VERIFICATIONS = ("none", "fundamental", "homography")
 THRESHOLDS = {"fundamental": 1.0, "homography": 3.0}  # pixels: distance to the epipolar line, distance to the point
 CONFIDENCE, TRIALS = 0.9999, 10_000
-DRAWN = 300  # more lines than that hide the images
 
 
 class Matching(NamedTuple):
@@ -49,6 +49,7 @@ def match_images(
     verify: Literal["none", "fundamental", "homography"] = "fundamental",
     estimator: Literal["magsac", "poselib"] = "magsac",
     ratio: float | None = None,
+    maps: str | Path | None = None,
 ) -> dict[str, Any]:
     """Matches two images by mutual nearest neighbours, verifies the matches and draws them.
 
@@ -62,11 +63,12 @@ def match_images(
         estimator: see :func:`estimate`.
         ratio: also demand that the best match is better than the second by this ratio of distances, in (0, 1];
             descriptors are then compared at unit length.
+        maps: PNG of both images' keypoints coloured by score and, where the method has them, of its dense maps.
 
     Returns:
         JSON values: ``image0``, ``image1``, ``method``, ``keypoints0``, ``keypoints1``, ``matches``, ``inliers``
         (None without verification), ``model`` (3 x 3, None where there is none), ``drawn`` (matches in the picture, at
-        most ``DRAWN`` of them, chosen at random) and ``picture`` (path or None).
+        most ``draw.MOST`` of them, chosen at random) and ``picture`` (path or None).
 
     Raises:
         ValueError: unknown model, or a file that is not an image.
@@ -80,12 +82,16 @@ def match_images(
     points0, points1 = features0["keypoints"][matches[:, 0]], features1["keypoints"][matches[:, 1]]
     model, inliers = (None, None) if verify == "none" else estimate(points0, points1, model=verify, estimator=estimator)
     if output is not None:
-        order = np.random.default_rng(0).permutation(len(matches))[:DRAWN]  # a fair sample of right and wrong ones
+        order = np.random.default_rng(0).permutation(len(matches))[:MOST]  # a fair sample of right and wrong ones
         colors = None
         if inliers is not None:
             order = order[np.argsort(inliers[order], kind="stable")]
             colors = inlier_colors(inliers[order])
         save_png(output, draw_matches(image0, image1, points0[order], points1[order], colors=colors))
+    if maps is not None:
+        sides = ((image0, features0), (image1, features1))
+        tiles = [feature_tiles(image, found, method.maps(image) if method.maps else None) for image, found in sides]
+        save_png(maps, panel(tiles, height=360))
     return {
         "image0": str(path0),
         "image1": str(path1),
@@ -95,7 +101,7 @@ def match_images(
         "matches": len(matches),
         "inliers": None if inliers is None else int(inliers.sum()),
         "model": None if model is None else model.tolist(),
-        "drawn": 0 if output is None else min(len(matches), DRAWN),
+        "drawn": 0 if output is None else min(len(matches), MOST),
         "picture": None if output is None else str(output),
     }
 

@@ -30,11 +30,14 @@ class Method:
         name: short name, part of file names.
         config: JSON values that identify the method and all that its features depend on.
         extract: the function itself.
+        maps: dense maps of uint8 [H, W, 3], by their name in :data:`samfeat.pipelines.overlays.MAPS`; None where a
+            method has none to show.
     """
 
     name: str
     config: Mapping[str, Any]
     extract: Callable[[np.ndarray], Features]
+    maps: Callable[[np.ndarray], dict[str, np.ndarray]] | None = None
 
     def __call__(self, image: np.ndarray) -> Features:
         """Features of uint8 [H, W, 3]."""
@@ -136,7 +139,10 @@ def _samfeat(weights: Path, device: str, options: Mapping[str, Any]) -> Method:
     def extract(image: np.ndarray) -> Features:
         return {key: values.cpu().numpy() for key, values in extractor.extract(image).items()}
 
-    return Method("samfeat", config, extract)
+    def maps(image: np.ndarray) -> dict[str, np.ndarray]:
+        return {key: values.cpu().numpy() for key, values in extractor.maps(image).items()}
+
+    return Method("samfeat", config, extract, maps)
 
 
 def _opencv(name: str, max_keypoints: int) -> Method:

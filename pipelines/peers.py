@@ -154,7 +154,7 @@ def _read_tensors(path: Path) -> dict[str, Any]:
     return values
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StoredFeatures(Method):
     """Features that another program wrote, in hloc's HDF5 layout, by the names of the images.
 
@@ -237,4 +237,4 @@ def stored_features(path: str | Path, *, max_keypoints: int | None = None) -> St
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     config = {"method": path.name, "features_sha256": digest, "max_keypoints": max_keypoints}
-    return StoredFeatures(path.stem, config, refuse, path, max_keypoints)
+    return StoredFeatures(path.stem, config, refuse, path=path, max_keypoints=max_keypoints)

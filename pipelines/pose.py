@@ -17,11 +17,11 @@ import poselib
 from upath import UPath
 
 from samfeat.pipelines.camera_poses import Pose, read_cameras, rotation_angle
-from samfeat.pipelines.draw import draw_matches, error_colors, error_figure, panel, save_png
-from samfeat.pipelines.evaluate import collect_results, error_auc, predict, write_results, write_table
+from samfeat.pipelines.draw import draw_errors, error_figure, panel, save_png
+from samfeat.pipelines.evaluate import best_to_worst, collect_results, error_auc, predict, write_results, write_table
 from samfeat.pipelines.extract import Progress
 from samfeat.pipelines.formats import Features
-from samfeat.pipelines.match import DRAWN, matched_points
+from samfeat.pipelines.match import matched_points
 from samfeat.pipelines.megadepth import find_file, read_scene_info
 from samfeat.pipelines.methods import Method
 from samfeat.teacher_cache.images import read_image
@@ -29,7 +29,6 @@ from samfeat.teacher_cache.images import read_image
 THRESHOLDS = (5, 10, 20)  # degrees
 RANSAC = {"max_epipolar_error": 1.0, "success_prob": 0.9999, "max_iterations": 10_000, "seed": 0}  # error in pixels
 RIGHT_MATCH = 5e-4  # squared symmetric epipolar distance in normalised coordinates, SuperGlue's limit
-PICTURES = 4  # pairs in the picture of matches, from the best to the worst
 
 
 class PosePair(NamedTuple):
@@ -247,9 +246,7 @@ def evaluate_pose(
         "pairs": measured,
     }
     write_results(Path(output) / name, results)
-    order = np.argsort(_errors(measured), kind="stable")
-    chosen = order[np.linspace(0, len(order) - 1, min(PICTURES, len(order))).round().astype(int)]
-    rows = [[_picture(pairs[i], measured[i], paths, features)] for i in chosen]
+    rows = [[_picture(pairs[i], measured[i], paths, features)] for i in best_to_worst(_errors(measured))]
     save_png(Path(output) / name / "matches.png", panel(rows, height=320))
     write_comparison(output, dataset)
     return results
@@ -283,15 +280,11 @@ def _picture(
 ) -> tuple[str, np.ndarray]:
     """Title and matches of a pair, green where they agree with the true pose, red at ten times the limit."""
     points0, points1 = matched_points(features(pair.image0), features(pair.image1))
-    chosen = np.random.default_rng(0).permutation(len(points0))[:DRAWN]
-    errors = epipolar_errors(points0[chosen], points1[chosen], pair)
-    order = np.argsort(-errors, kind="stable")
-    chosen, errors = chosen[order], errors[order]
+    errors = np.sqrt(epipolar_errors(points0, points1, pair))
     image0, image1 = read_image(paths[pair.image0]), read_image(paths[pair.image1])
-    colors = error_colors(np.sqrt(errors), worst=np.sqrt(10 * RIGHT_MATCH))
     off = _errors([entry])[0]
     title = f"{pair.image0}, {pair.image1}: off by {off:.1f} deg, {100 * entry['precision']:.0f} % right"
-    return title, draw_matches(image0, image1, points0[chosen], points1[chosen], colors=colors)
+    return title, draw_errors(image0, image1, points0, points1, errors, worst=np.sqrt(10 * RIGHT_MATCH))
 
 
 def write_comparison(output: str | Path, dataset: Mapping[str, Any]) -> None:

@@ -24,10 +24,9 @@ from samfeat.pipelines.draw import (
     WORST,
     YELLOW,
     color_map,
-    draw_matches,
+    draw_errors,
     enlarged,
     enlargement,
-    error_colors,
     jpeg,
     panel,
     thumbnail,
@@ -42,7 +41,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from torch.utils.tensorboard import SummaryWriter
 
-DRAWN = 150  # matches of a picture; more lines than that hide the images
+DRAWN = 150  # matches of a small picture
 MAP_SIDE, PAIR_SIDE = 400, 1000  # pixels, the most that a picture of the page has
 SCALE = f'<span class="scale" style="background:linear-gradient(90deg,rgb{GREEN},rgb{YELLOW},rgb{RED})"></span>'
 LEGEND = (
@@ -110,16 +109,15 @@ class RunReport:
 def tiles(view: View) -> list[tuple[str, np.ndarray]]:
     """Titled pictures of a validation pair, uint8 [.., .., 3]: matches, image, heat-map, attention, both edge maps.
 
-    Of many matches ``DRAWN`` are drawn, chosen once and for all, the best ones on top.
+    Of many matches ``DRAWN`` are drawn (see :func:`samfeat.pipelines.draw.draw_errors`).
     """
     factor = enlargement(view.left)
-    chosen = np.random.default_rng(0).permutation(len(view.errors))[:DRAWN]
-    chosen = chosen[np.argsort(-view.errors[chosen], kind="stable")]
-    places = (view.points[:, chosen] + 0.5) * factor - 0.5
+    places = (view.points + 0.5) * factor - 0.5
     left, right = (enlarged(image, factor) for image in (view.left, view.right))
     size = (left.shape[1], left.shape[0])
-    matches = draw_matches(left, right, *places, colors=error_colors(view.errors[chosen]))
-    good = "".join(f", {(view.errors <= t).mean():.0%} within {t} px" for t in THRESHOLDS) if len(chosen) else ""
+    matches = draw_errors(left, right, *places, view.errors, most=DRAWN)
+    count = len(view.errors)
+    good = "".join(f", {(view.errors <= t).mean():.0%} within {t} px" for t in THRESHOLDS) if count else ""
     cached = view.cached_edges / 255
     maps = {
         "heat-map": (view.heatmap, color_map(view.heatmap, low=0, high=1)),
@@ -128,7 +126,7 @@ def tiles(view: View) -> list[tuple[str, np.ndarray]]:
         f"edges, teacher {view.teacher}": (cached, color_map(cached, "gray", low=0, high=1)),
     }
     return [
-        (f"{len(view.errors)} matches{good}; {len(chosen)} drawn", matches),
+        (f"{count} matches{good}; {min(count, DRAWN)} drawn", matches),
         ("image", left),
         *(
             (f"{title}: {v.min():.2f} to {v.max():.2f}", cv2.resize(picture, size, interpolation=cv2.INTER_NEAREST))

@@ -41,11 +41,13 @@ class Maps(NamedTuple):
         logits: detection logit with the edges' share [B, H, W], float32.
         features: what the descriptor head sees [B, C, h, w].
         attention: attention map [B, 1, h, w], float32, positive.
+        edges: edge probability [B, 1, h, w], float32.
     """
 
     logits: Tensor
     features: Tensor
     attention: Tensor
+    edges: Tensor
 
 
 class InferenceNetwork(nn.Module):
@@ -141,7 +143,7 @@ class InferenceNetwork(nn.Module):
             others = features[:, : -c4.shape[1]].sum(dim=1, keepdim=True, dtype=self.exact)
             plain = resize(backbone_c4, quarter).sum(dim=1, keepdim=True, dtype=self.exact)
             source = (others + plain) / features.shape[1]
-        return Maps(logits, fused, F.softplus(self.scalemap(source)))
+        return Maps(logits, fused, F.softplus(self.scalemap(source)), edges)
 
     def _full_resolution(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The first head's logits [B, H, W], c1 halved by maxima, c1 at 1/4 resolution.

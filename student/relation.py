@@ -229,7 +229,7 @@ def _target(values: Tensor, scale: Tensor | None, like: Tensor) -> Float[Tensor,
     return _resized(values, like)[0]
 
 
-def _resized(maps: Float[Tensor, "b c2 h2 w2"], like: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c2 h w"]:
+def _resized(maps: Float[Tensor, "b c2 h2 w2"], like: Float[Tensor, "_ _ h w"]) -> Float[Tensor, "b c2 h w"]:
     return F.interpolate(widen(maps), size=tuple(like.shape[2:]), mode="bilinear", align_corners=False)
 
 

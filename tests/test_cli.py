@@ -22,7 +22,7 @@ from samfeat.student.extractor import SAMFeat
 
 VERBS = (
     "sample", "prepare", "teacher-cache", "inspect-cache", "train", "ablate",
-    "extract", "match", "match-pairs", "evaluate", "export",
+    "extract", "match", "match-pairs", "evaluate", "report", "export",
 )  # fmt: skip
 
 
@@ -116,8 +116,10 @@ def test_photographs_to_matches(run, tmp_path):
     assert "MMA@3" in out
     assert "run/report.html" in out
     weights = tmp_path / "run" / "weights.safetensors"
-    code, out, err = run("match", "photos/0.png", "photos/1.png", "--weights", weights, "--out", "matches.png")
+    pictures = ("--out", "matches.png", "--maps", "maps.png")
+    code, out, err = run("match", "photos/0.png", "photos/1.png", "--weights", weights, *pictures)
     assert (code, Image.open(tmp_path / "matches.png").width >= 200) == (0, True), err
+    assert Image.open(tmp_path / "maps.png").width > 4 * 360  # keypoints, heat-map, attention, edges
     code, out, err = run("extract", "photos", "features.h5", "--weights", weights)
     assert (code, (tmp_path / "features.h5").exists()) == (0, True), err
     assert "6 images written" in out
@@ -225,6 +227,11 @@ def test_features_of_a_file_are_evaluated_and_wrong_methods_are_one_line(run, fa
     code, out, _ = run(*evaluate, "--method", "other.h5")
     assert code == 0
     assert "| other | all | 100.0 | 100.0 |" in out
+    assert "| 100.0 | 100.0 |" not in (page := (tmp_path / "out" / "report.html").read_text())
+    assert page.count("<img") == 4
+    code, out, _ = run("report", "out", "--out", "all.html")
+    assert (code, (tmp_path / "all.html").read_text()) == (0, page)
+    assert "holds no table.md" in fails("report", "planes")
     assert "choose one of samfeat, sift" in fails(*evaluate, "--method", "surf")
     assert "needs its authors' weights" in fails(*evaluate, "--method", "disk")
     assert "no feature file absent.h5" in fails(*evaluate, "--method", "absent.h5")

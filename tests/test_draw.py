@@ -7,6 +7,7 @@ from samfeat.pipelines.draw import (
     RED,
     color_groups,
     color_map,
+    draw_errors,
     draw_keypoints,
     draw_matches,
     enlarged,
@@ -37,6 +38,20 @@ def test_matches_join_their_points_on_a_canvas_that_holds_both_images():
     assert canvas[20, 70].tolist() == pytest.approx(GREEN, abs=20)  # the first line is horizontal
     assert (canvas[50:, offset:] == 255).all()  # below the shorter image
     assert not left.any()
+
+
+def test_some_of_many_matches_are_drawn_by_error_the_best_ones_on_top():
+    points = np.tile([[30.0, 20.0]], (40, 1))
+    errors = np.repeat([100.0, 0.0], 20)
+    picture = draw_errors(gray(40, 60), gray(40, 60), points, points, errors)
+    assert tuple(picture[20, 30]) == GREEN
+    assert not (picture == RED).all(axis=-1).any()
+    rows = np.linspace(5, 2000, 400)
+    points = np.stack([np.full(400, 20.0), rows], -1)
+    few = draw_errors(gray(2010, 40), gray(2010, 40), points, points, np.tile([0.0, 100.0], 200), most=100)
+    drawn = few[rows.round().astype(int), 20].tolist()
+    assert drawn.count(list(GREEN)) + drawn.count(list(RED)) == 100
+    assert 30 < drawn.count(list(GREEN)) < 70
 
 
 def test_pictures_without_any_point():

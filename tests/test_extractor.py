@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from plain import plain_maps
 
 from samfeat.student import extractor
-from samfeat.student.extractor import EXTRACTION_PRESETS, SAMFeat, as_rgb
+from samfeat.student.extractor import EXTRACTION_PRESETS, SAMFeat
 from samfeat.student.inference import InferenceNetwork, Maps
 from samfeat.student.matching import match
 from samfeat.student.network import PRESETS, SAMFeatNetwork, network_preset
+from samfeat.student.pixels import as_rgb
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -105,6 +107,28 @@ def test_result_types(lively):
     assert not found["descriptors"].requires_grad
 
 
+@pytest.mark.parametrize("size", [(70, 90), (64, 96)])
+def test_maps_are_those_that_keypoints_come_from(lively, size):
+    image = photo(*size)
+    student = SAMFeat("released", network=lively, edge_gain=0.7)
+    maps = student.maps(image)
+    pixels = torch.from_numpy(cv2.resize(image, (96, 64))).permute(2, 0, 1)[None] / 127.5 - 1
+    with torch.no_grad():
+        dense = plain_maps(lively, pixels)
+    gain = torch.nn.functional.interpolate(dense.edges, (64, 96), mode="bilinear")
+    torch.testing.assert_close(maps["heatmap"], (dense.heatmap + 0.7 * gain).sigmoid()[0, 0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(maps["attention"], dense.attention[0, 0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(maps["edges"], dense.edges[0, 0], atol=1e-5, rtol=0)
+    best = student.extract(photo(64, 96))
+    x, y = best["keypoints"][0].round().long().tolist()
+    assert student.maps(photo(64, 96))["heatmap"][y, x] == pytest.approx(best["scores"][0].item(), abs=1e-5)
+
+
+def test_maps_of_tiny_images_are_refused(lively):
+    with pytest.raises(ValueError, match="an image of 7 x 90 pixels is too small: 16 x 16 is least"):
+        SAMFeat("released", network=lively).maps(photo(7, 90))
+
+
 def test_a_small_image_is_scaled_up_and_its_keypoints_back(lively):
     found = SAMFeat("released", network=lively, detection_threshold=0.0, border=0).extract(photo(12, 30))
     assert len(found["keypoints"]) > 0
@@ -144,7 +168,7 @@ class Crafted(InferenceNetwork):
         features = torch.ones(1, self.conv_des.in_channels, height // 4, width // 4)
         features[0, :2] = cells.flip(0) * 4 + 1.5
         logits = self.logit(x.float(), y.float())[None] + 0.5 * self.edge_gain
-        return Maps(logits, features, torch.ones(1, 1, height // 4, width // 4))
+        return Maps(logits, features, *torch.ones(2, 1, 1, height // 4, width // 4))
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from samfeat.pipelines.formats import Features
 from samfeat.pipelines.hpatches import (
@@ -118,6 +119,8 @@ def test_the_protocol_in_closed_form(tmp_path):
         ("v_wall", 2, 2),
     ]
     assert json.loads((tmp_path / "out" / "lookup" / "results.json").read_text()) == results
+    for name in ("matches.png", "keypoints.png"):
+        assert Image.open(tmp_path / "out" / "lookup" / name).height >= 3 * 320  # three pairs
     assert (
         "| lookup | all | 50.0 | 50.0 | 58.3 | 58.3 | 53.3 | 0.0 | 0.0 | 0.0 | 3 | 2 |"
         in (tmp_path / "out" / "table.md").read_text()
