@@ -10,7 +10,7 @@ import importlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import h5py
 import numpy as np
@@ -31,6 +31,7 @@ EVALUATIONS = {
 """Where each evaluation is: a function of (data, output, *, method, name, overwrite, progress) that writes table.md."""
 
 PICTURES = 4  # pairs in a picture of matches
+Pair = TypeVar("Pair")
 
 
 def find_evaluation(name: str) -> Callable[..., dict[str, Any]]:
@@ -127,10 +128,9 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def best_to_worst(errors: Sequence[float] | np.ndarray) -> list[int]:
-    """Indices of ``PICTURES`` pairs to show, spread evenly from the least error to the largest."""
-    order = np.argsort(errors, kind="stable")
-    return order[np.linspace(0, len(order) - 1, min(PICTURES, len(order))).round().astype(int)].tolist()
+def shown_pairs(pairs: Sequence[Pair]) -> list[Pair]:
+    """``PICTURES`` pairs to draw, spread evenly: the same ones for every method."""
+    return [pairs[i] for i in np.linspace(0, len(pairs) - 1, min(PICTURES, len(pairs))).round().astype(int)]
 
 
 def error_auc(errors: Sequence[float] | np.ndarray, thresholds: Sequence[float]) -> list[float]:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from samfeat.pipelines.draw import draw_errors, error_figure, mma_figure, panel, save_png
-from samfeat.pipelines.evaluate import best_to_worst, collect_results, error_auc, predict, write_results, write_table
+from samfeat.pipelines.evaluate import collect_results, error_auc, predict, shown_pairs, write_results, write_table
 from samfeat.pipelines.extract import Progress
 from samfeat.pipelines.formats import Features
 from samfeat.pipelines.match import estimate, matched_points
@@ -187,8 +187,8 @@ def evaluate_hpatches(
 ) -> dict[str, Any]:
     """Evaluates a method on the sequences of a folder.
 
-    Writes ``<output>/<name>/features.h5``, ``results.json``, and pictures of some pairs, from the best to the worst:
-    ``matches.png`` and ``keypoints.png``; and from the results of all methods in ``output`` the table ``table.md`` and
+    Writes ``<output>/<name>/features.h5``, ``results.json``, and pictures of some pairs: ``matches.png`` and
+    ``keypoints.png``; and from the results of all methods in ``output`` the table ``table.md`` and
     the figures ``mma.png`` and ``homography.png``.
 
     Args:
@@ -252,8 +252,7 @@ def evaluate_hpatches(
         ],
     }
     write_results(Path(output) / name, results)
-    shown = [pairs[i] for i in best_to_worst([1 - mma([e])[:5].mean() for e in errors])]
-    _draw(Path(output) / name, shown, features)
+    _draw(Path(output) / name, shown_pairs(pairs), features)
     write_comparison(output, dataset)
     return results
 

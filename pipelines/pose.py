@@ -18,7 +18,7 @@ from upath import UPath
 
 from samfeat.pipelines.camera_poses import Pose, read_cameras, rotation_angle
 from samfeat.pipelines.draw import draw_errors, error_figure, panel, save_png
-from samfeat.pipelines.evaluate import best_to_worst, collect_results, error_auc, predict, write_results, write_table
+from samfeat.pipelines.evaluate import collect_results, error_auc, predict, shown_pairs, write_results, write_table
 from samfeat.pipelines.extract import Progress
 from samfeat.pipelines.formats import Features
 from samfeat.pipelines.match import matched_points
@@ -246,7 +246,7 @@ def evaluate_pose(
         "pairs": measured,
     }
     write_results(Path(output) / name, results)
-    rows = [[_picture(pairs[i], measured[i], paths, features)] for i in best_to_worst(_errors(measured))]
+    rows = [[_picture(pair, entry, paths, features)] for pair, entry in shown_pairs(list(zip(pairs, measured)))]
     save_png(Path(output) / name / "matches.png", panel(rows, height=320))
     write_comparison(output, dataset)
     return results

@@ -112,10 +112,10 @@ def tiles(view: View) -> list[tuple[str, np.ndarray]]:
     Of many matches ``DRAWN`` are drawn (see :func:`samfeat.pipelines.draw.draw_errors`).
     """
     factor = enlargement(view.left)
-    places = (view.points + 0.5) * factor - 0.5
+    points0, points1 = (view.points + 0.5) * factor - 0.5
     left, right = (enlarged(image, factor) for image in (view.left, view.right))
     size = (left.shape[1], left.shape[0])
-    matches = draw_errors(left, right, *places, view.errors, most=DRAWN)
+    matches = draw_errors(left, right, points0, points1, view.errors, most=DRAWN)
     count = len(view.errors)
     good = "".join(f", {(view.errors <= t).mean():.0%} within {t} px" for t in THRESHOLDS) if count else ""
     cached = view.cached_edges / 255
