@@ -171,9 +171,9 @@ def teacher_cache(
     DATA and CACHE may be URLs, such as s3://bucket/folder.
     """
     from samfeat.pipelines.build_cache import build_cache, parse_part
-    from samfeat.pipelines.cluster import Workers
-    from samfeat.pipelines.plan import make_plan
-    from samfeat.pipelines.sources import make_teacher, open_source
+    from samfeat.pipelines.caching.cluster import Workers
+    from samfeat.pipelines.caching.inputs import make_teacher, open_source
+    from samfeat.pipelines.caching.plan import make_plan
     from samfeat.teacher_cache.keypoints import LabelConfig
 
     part = parse_part(shard)
@@ -281,7 +281,7 @@ def train(
 
     config = load_config(preset, overrides or [])
     if devices > 1 and "RANK" not in os.environ:
-        from samfeat.pipelines.processes import launch
+        from samfeat.pipelines.training.processes import launch
 
         raise typer.Exit(launch(devices, sys.argv[1:], report=errors.print))
     with training_line() as line:
@@ -311,7 +311,7 @@ def ablate(
     """Train variations of the student and tabulate them beside the paper's. Run again to go on."""
     must_exist(*([] if "://" in cache else [Path(cache)]), *([data] if data else []), *([file] if file else []))
     from samfeat.pipelines.ablation import ablate as run
-    from samfeat.pipelines.ablation_tables import load_ablations
+    from samfeat.pipelines.training.ablation_tables import load_ablations
 
     with progress_bar("runs") as bar:
         summary = run(

@@ -76,7 +76,7 @@ def extract(
     """Extract features of many images. Run again to go on after an interruption."""
     must_exist(images, *([weights] if weights else []))
     from samfeat.pipelines.extract import extract_folder
-    from samfeat.pipelines.methods import shrunk
+    from samfeat.pipelines.features.methods import shrunk
 
     chosen = _method(method, weights, max_keypoints, device, multiscale=multiscale)
     if max_size is not None:
@@ -231,12 +231,12 @@ def evaluate(
     """Evaluate features, or edges. Predicts once, then evaluates what is stored. Run again to go on."""
     must_exist(data, *([weights] if weights else []))
     from samfeat.pipelines.evaluate import find_evaluation
-    from samfeat.pipelines.evaluation_report import write_evaluation_report
+    from samfeat.pipelines.evaluation.report import write_evaluation_report
 
     run = find_evaluation(benchmark)
     out = out or Path("runs") / benchmark
     if benchmark == "edges":
-        from samfeat.pipelines.boundaries import load_detector
+        from samfeat.pipelines.evaluation.boundaries import load_detector
 
         chosen: Any = load_detector(method, weights=weights, device=device.value)
     else:
@@ -254,7 +254,7 @@ def report(
     out: Annotated[Path, typer.Option(help="The page.")] = Path("report.html"),
 ) -> None:
     """Put several evaluations, and all methods in them, on one page."""
-    from samfeat.pipelines.evaluation_report import write_evaluation_report
+    from samfeat.pipelines.evaluation.report import write_evaluation_report
 
     must_exist(*folders)
     console.print(f"[bold]{write_evaluation_report(out, folders)}[/]")
@@ -279,7 +279,7 @@ def speed(
 ) -> None:
     """Time SAMFeat, full and slim, in every precision the device is fast in, beside SIFT, ORB and peers."""
     must_exist(*(path for path in (weights, peers) if path))
-    from samfeat.pipelines.methods import choose_device
+    from samfeat.pipelines.features.methods import choose_device
     from samfeat.pipelines.speed import benchmark_speed, other_methods, parse_size, table
     from samfeat.student.extractor import SAMFeat
 
@@ -306,7 +306,7 @@ def speed(
 
 
 def _method(name: str, weights: Path | None, max_keypoints: int | None, device: Device, **options: Any) -> Any:
-    from samfeat.pipelines.methods import load_method
+    from samfeat.pipelines.features.methods import load_method
 
     chosen = {key: value for key, value in options.items() if value is not None}
     return load_method(name, weights=weights, max_keypoints=max_keypoints, device=device.value, **chosen)

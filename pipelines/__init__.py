@@ -1,1 +1,1 @@
-"""The stages as verbs: sample, build the cache, inspect it, train, extract, match, evaluate."""
+"""The stages as verbs: sample, prepare, build the cache, inspect it, train, ablate, extract, match, evaluate."""

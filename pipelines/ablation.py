@@ -24,15 +24,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from samfeat.pipelines.ablation_report import VALIDATION, write_report
-from samfeat.pipelines.ablation_tables import Ablations, Row, Run, Table, load_ablations, plan_runs
-from samfeat.pipelines.checkpoint import NAMES as CHECKPOINTS
+from samfeat.pipelines.evaluation.hpatches import evaluate_hpatches, find_sequences, homographies_sha256
+from samfeat.pipelines.features.methods import load_method
 from samfeat.pipelines.files import write_json
-from samfeat.pipelines.hpatches import evaluate_hpatches, find_sequences, homographies_sha256
-from samfeat.pipelines.methods import load_method
 from samfeat.pipelines.train import Progress as TrainingProgress
 from samfeat.pipelines.train import train
-from samfeat.pipelines.validation import Validation, hold_out
+from samfeat.pipelines.training.ablation_report import VALIDATION, write_report
+from samfeat.pipelines.training.ablation_tables import Ablations, Row, Run, Table, load_ablations, plan_runs
+from samfeat.pipelines.training.checkpoint import NAMES as CHECKPOINTS
+from samfeat.pipelines.training.validation import Validation, hold_out
 from samfeat.student.extractor import SAMFeat
 from samfeat.teacher_cache.store import TeacherCache, open_stores
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from upath import UPath
 
-from samfeat.pipelines.cluster import Workers, make_shards
+from samfeat.pipelines.caching.cluster import Workers, make_shards
 from samfeat.teacher_cache.images import ImageSource, SourceItem
 from samfeat.teacher_cache.keypoints import Detector, LabelConfig, adapt, opencv_detector
 from samfeat.teacher_cache.lock import lock_store

@@ -16,17 +16,17 @@ import h5py
 import numpy as np
 
 from samfeat.pipelines.extract import Progress, extract_images
+from samfeat.pipelines.features.formats import Features, read_features
+from samfeat.pipelines.features.methods import Method
+from samfeat.pipelines.features.peers import StoredFeatures
 from samfeat.pipelines.files import write_bytes, write_json
-from samfeat.pipelines.formats import Features, read_features
-from samfeat.pipelines.methods import Method
-from samfeat.pipelines.peers import StoredFeatures
 
 EVALUATIONS = {
-    "hpatches": "samfeat.pipelines.hpatches:evaluate_hpatches",
-    "reconstruct": "samfeat.pipelines.reconstruction:evaluate_reconstruct",
-    "localize": "samfeat.pipelines.localization:evaluate_localize",
-    "pose": "samfeat.pipelines.pose:evaluate_pose",
-    "edges": "samfeat.pipelines.boundaries:evaluate_edges",
+    "hpatches": "samfeat.pipelines.evaluation.hpatches:evaluate_hpatches",
+    "reconstruct": "samfeat.pipelines.evaluation.reconstruction:evaluate_reconstruct",
+    "localize": "samfeat.pipelines.evaluation.localization:evaluate_localize",
+    "pose": "samfeat.pipelines.evaluation.pose:evaluate_pose",
+    "edges": "samfeat.pipelines.evaluation.boundaries:evaluate_edges",
 }
 """Where each evaluation is: a function of (data, output, *, method, name, overwrite, progress) that writes table.md."""
 

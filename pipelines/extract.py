@@ -14,10 +14,10 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from samfeat.pipelines.features.formats import Features, d2net_bytes, write_features
+from samfeat.pipelines.features.methods import Method
+from samfeat.pipelines.features.parts import Parts, check_config, open_hdf5
 from samfeat.pipelines.files import write_bytes, write_json
-from samfeat.pipelines.formats import Features, d2net_bytes, write_features
-from samfeat.pipelines.methods import Method
-from samfeat.pipelines.parts import Parts, check_config, open_hdf5
 from samfeat.teacher_cache.images import IMAGE_SUFFIXES, read_image
 
 FORMATS = ("hloc", "d2net")
@@ -119,7 +119,7 @@ def extract_images(
     """Features of images into one HDF5 file of hloc's layout; complete ones are kept.
 
     The file appears, or grows, when the last image is done. Until then the features are in a folder beside it (see
-    :mod:`samfeat.pipelines.parts`), where a run that was killed goes on.
+    :mod:`samfeat.pipelines.features.parts`), where a run that was killed goes on.
 
     Args:
         paths: image by name.

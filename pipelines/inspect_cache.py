@@ -10,7 +10,8 @@ import cv2
 import numpy as np
 from rich.table import Table
 
-from samfeat.pipelines.draw import (
+from samfeat.pipelines.files import write_bytes
+from samfeat.pipelines.pictures.draw import (
     color_groups,
     color_map,
     draw_keypoints,
@@ -22,8 +23,7 @@ from samfeat.pipelines.draw import (
     save_png,
     thumbnail,
 )
-from samfeat.pipelines.files import write_bytes
-from samfeat.pipelines.page import figure, page, row, text
+from samfeat.pipelines.pictures.page import figure, page, row, text
 from samfeat.teacher_cache.rows import dequantize, quantize
 from samfeat.teacher_cache.schema import Gifts, Record
 from samfeat.teacher_cache.store import TeacherCache, open_stores
@@ -173,7 +173,7 @@ def verify(
 
 
 def _recompute(store: TeacherCache, count: int, checkpoint: Path | None, report: Callable[[str], None]) -> list[str]:
-    from samfeat.pipelines.sources import teacher_of
+    from samfeat.pipelines.caching.inputs import teacher_of
 
     teacher = teacher_of(store.provenance, checkpoint=checkpoint)
     if teacher is None:

@@ -13,12 +13,12 @@ import cv2
 import numpy as np
 import pycolmap
 
-from samfeat.pipelines.draw import MOST, draw_matches, inlier_colors, panel, save_png
 from samfeat.pipelines.extract import Progress
-from samfeat.pipelines.formats import FeatureFile, Features, write_colmap_database, write_matches
-from samfeat.pipelines.methods import Method
-from samfeat.pipelines.overlays import feature_tiles
-from samfeat.pipelines.parts import Parts, open_hdf5
+from samfeat.pipelines.features.formats import FeatureFile, Features, write_colmap_database, write_matches
+from samfeat.pipelines.features.methods import Method
+from samfeat.pipelines.features.parts import Parts, open_hdf5
+from samfeat.pipelines.pictures.draw import MOST, draw_matches, inlier_colors, panel, save_png
+from samfeat.pipelines.pictures.overlays import feature_tiles
 from samfeat.teacher_cache.images import read_image
 
 VERIFICATIONS = ("none", "fundamental", "homography")
@@ -124,8 +124,9 @@ def match_pairs(
 
     Args:
         features: HDF5 file of hloc's layout.
-        output: ``.h5``: hloc's matches (see :func:`samfeat.pipelines.formats.write_matches`); ``.db``: a COLMAP
-            database with everything that mapping needs (see :func:`samfeat.pipelines.formats.write_colmap_database`).
+        output: ``.h5``: hloc's matches (see :func:`samfeat.pipelines.features.formats.write_matches`); ``.db``: a
+            COLMAP database with everything that mapping needs (see
+            :func:`samfeat.pipelines.features.formats.write_colmap_database`).
         pairs: names of images; every pair of images by default.
         ratio: see :func:`samfeat.student.matching.match`.
         cosine: see :func:`samfeat.student.matching.match`.

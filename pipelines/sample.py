@@ -24,9 +24,9 @@ import cv2
 import h5py
 import numpy as np
 
-from samfeat.pipelines.correspondences import correspondences
-from samfeat.pipelines.render import Camera, look_at, render_depth, render_image
-from samfeat.pipelines.scenes import (
+from samfeat.pipelines.sources.correspondences import correspondences
+from samfeat.pipelines.sources.render import Camera, look_at, render_depth, render_image
+from samfeat.pipelines.sources.scenes import (
     CREDITS,
     FOCAL,
     SIZE,

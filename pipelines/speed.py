@@ -22,9 +22,9 @@ import psutil
 import torch
 
 from samfeat.pipelines.extract import Progress
+from samfeat.pipelines.features.methods import PEERS, Method, load_method
 from samfeat.pipelines.files import write_bytes
-from samfeat.pipelines.methods import PEERS, Method, load_method
-from samfeat.pipelines.processes import has_bf16
+from samfeat.pipelines.training.processes import has_bf16
 from samfeat.student.extractor import DTYPES, SAMFeat
 from samfeat.student.inference import InferenceNetwork
 

@@ -1,8 +1,8 @@
 """Stage two: train the student from cached targets. Nothing here, or imported from here, reaches SAM.
 
-A run lives in one folder, see :mod:`samfeat.pipelines.run_folder`. Every random choice follows from the seed, the
-number of the step and the place in the batch, so the step is all that a checkpoint has to say about random states and
-the sampler's position, and any number of processes can share a batch.
+A run lives in one folder, see :mod:`samfeat.pipelines.training.run_folder`. Every random choice follows from the seed,
+the number of the step and the place in the batch, so the step is all that a checkpoint has to say about random states
+and the sampler's position, and any number of processes can share a batch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from typing import NamedTuple, NoReturn
 
 import torch
 
-from samfeat.pipelines.batches import (
+from samfeat.pipelines.config import Config, learning_rate
+from samfeat.pipelines.files import allow_many_files
+from samfeat.pipelines.training.batches import (
     PREFETCHED,
     Item,
     Part,
@@ -28,15 +30,13 @@ from samfeat.pipelines.batches import (
     read_ahead,
     read_batch,
 )
-from samfeat.pipelines.cached import FromDisk, InMemory, Source, batch_memory
-from samfeat.pipelines.config import Config, learning_rate
-from samfeat.pipelines.files import allow_many_files
-from samfeat.pipelines.interruption import Interruption
-from samfeat.pipelines.pace import Clock, LateValues
-from samfeat.pipelines.processes import connect, lost_processes
-from samfeat.pipelines.run_folder import RunFolder
-from samfeat.pipelines.step import TrainingStep, out_of_memory
-from samfeat.pipelines.validation import Validation, hold_out
+from samfeat.pipelines.training.cached import FromDisk, InMemory, Source, batch_memory
+from samfeat.pipelines.training.interruption import Interruption
+from samfeat.pipelines.training.pace import Clock, LateValues
+from samfeat.pipelines.training.processes import connect, lost_processes
+from samfeat.pipelines.training.run_folder import RunFolder
+from samfeat.pipelines.training.step import TrainingStep, out_of_memory
+from samfeat.pipelines.training.validation import Validation, hold_out
 from samfeat.teacher_cache.schema import Targets
 from samfeat.teacher_cache.store import TeacherCache, open_stores
 
@@ -90,8 +90,8 @@ def train(
 ) -> TrainSummary:
     """Train a student from every store of ``cache`` and write the run ``folder``.
 
-    Started by torchrun (or :func:`samfeat.pipelines.processes.launch`), several processes share every batch and come to
-    what one process would come to; the first one alone writes and reports.
+    Started by torchrun (or :func:`samfeat.pipelines.training.processes.launch`), several processes share every batch
+    and come to what one process would come to; the first one alone writes and reports.
 
     Args:
         cache: a folder with ``*.zarr`` stores, or one store.

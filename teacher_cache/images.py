@@ -1,8 +1,8 @@
 """Where images come from: ordered sources of crops, each a pure function of an index and a seed.
 
 A source hands out :class:`SourceItem` values: one crop, or the two crops of a pair together with their ground-truth
-correspondences and, where the data carry them, detector labels. Raw MegaDepth lives in ``samfeat.pipelines.pairs``;
-here are a plain folder of photographs and the released training set of MTLDesc.
+correspondences and, where the data carry them, detector labels. Raw MegaDepth and COLMAP's models live in
+``samfeat.pipelines.sources``; here are a plain folder of photographs and the released training set of MTLDesc.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import numpy as np
 from toys import LABELS, ToySource, ToyTeacher
 
 from samfeat.pipelines.build_cache import build_cache
-from samfeat.pipelines.cluster import Workers
+from samfeat.pipelines.caching.cluster import Workers
 from samfeat.teacher_cache.schema import Gifts
 
 

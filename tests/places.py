@@ -9,9 +9,9 @@ import cv2
 import numpy as np
 import pycolmap
 
-from samfeat.pipelines.camera_poses import Pose, PosedCamera
-from samfeat.pipelines.formats import Features
-from samfeat.pipelines.methods import Method
+from samfeat.pipelines.evaluation.camera_poses import Pose, PosedCamera
+from samfeat.pipelines.features.formats import Features
+from samfeat.pipelines.features.methods import Method
 
 SIZE = (480, 640)
 MATRIX = np.array([[600.0, 0, 325.0], [0, 610, 236.0], [0, 0, 1]])

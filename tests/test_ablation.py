@@ -19,9 +19,9 @@ from toys import toy_store
 
 import samfeat.pipelines.ablation as ablation
 from samfeat.pipelines.ablation import VALIDATION, ablate
-from samfeat.pipelines.ablation_tables import Row, Table, load_ablations
-from samfeat.pipelines.hpatches import evaluate_hpatches
-from samfeat.pipelines.methods import load_method
+from samfeat.pipelines.evaluation.hpatches import evaluate_hpatches
+from samfeat.pipelines.features.methods import load_method
+from samfeat.pipelines.training.ablation_tables import Row, Table, load_ablations
 
 KILLS = int(os.environ.get("SAMFEAT_KILLS", 4))
 SETTINGS = [

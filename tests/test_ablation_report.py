@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from samfeat.pipelines.ablation_report import paired, spread, write_report
+from samfeat.pipelines.training.ablation_report import paired, spread, write_report
 
 BASE, BETTER = (0.50, 0.40, 0.60), (0.55, 0.43, 0.66)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from toys import toy_store
 
-from samfeat.pipelines.ablation_tables import load_ablations, plan_runs
 from samfeat.pipelines.config import CONFIGS
+from samfeat.pipelines.training.ablation_tables import load_ablations, plan_runs
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,8 @@ import pytest
 import torch
 from toys import SIZE, toy_store
 
-from samfeat.pipelines.batches import (
+from samfeat.pipelines.config import DataConfig
+from samfeat.pipelines.training.batches import (
     Item,
     Part,
     RawBatch,
@@ -25,8 +26,7 @@ from samfeat.pipelines.batches import (
     read_ahead,
     read_batch,
 )
-from samfeat.pipelines.cached import FromDisk, InMemory, batch_memory
-from samfeat.pipelines.config import DataConfig
+from samfeat.pipelines.training.cached import FromDisk, InMemory, batch_memory
 from samfeat.teacher_cache.schema import POINTS
 
 QUIET = DataConfig(photometric_probability=0.0)

@@ -11,7 +11,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import maximum_bipartite_matching
 from scipy.spatial import cKDTree
 
-from samfeat.pipelines.boundaries import (
+from samfeat.pipelines.evaluation.boundaries import (
     EdgeDetector,
     count,
     evaluate_edges,

@@ -10,8 +10,8 @@ from PIL import Image
 from toys import LABELS, SIZE, ToySource, ToyTeacher, toy_store, tree_bytes
 
 from samfeat.pipelines.build_cache import build_cache, label_detector
-from samfeat.pipelines.cluster import Workers
-from samfeat.pipelines.sources import make_teacher, open_source, teacher_of
+from samfeat.pipelines.caching.cluster import Workers
+from samfeat.pipelines.caching.inputs import make_teacher, open_source, teacher_of
 from samfeat.student.extractor import SAMFeat
 from samfeat.teacher_cache.keypoints import LabelConfig
 from samfeat.teacher_cache.schema import Provenance

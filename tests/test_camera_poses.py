@@ -6,7 +6,7 @@ import pytest
 from places import camera_around, cameras, write_cameras
 from scipy.spatial.transform import Rotation
 
-from samfeat.pipelines.camera_poses import (
+from samfeat.pipelines.evaluation.camera_poses import (
     Pose,
     align,
     aligned_errors,

@@ -9,8 +9,8 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 
-from samfeat.pipelines.chart import BOTTOM, COLUMNS, PALETTE, line_chart, smoothed
-from samfeat.pipelines.page import STYLE
+from samfeat.pipelines.pictures.chart import BOTTOM, COLUMNS, PALETTE, line_chart, smoothed
+from samfeat.pipelines.pictures.page import STYLE
 
 
 class Read:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from makers import Broken, Marker
 
-from samfeat.pipelines.cluster import AHEAD, Workers, make_shards
+from samfeat.pipelines.caching.cluster import AHEAD, Workers, make_shards
 
 
 def made(folder: Path) -> dict[int, str]:
@@ -84,13 +84,13 @@ def test_errors_of_workers_arrive_and_murderers_are_named(tmp_path, monkeypatch)
     with pytest.raises(OSError, match="No space left") as error:
         list(make_shards(Broken(tmp_path), range(100), Workers(processes=1)))
     assert error.value.errno == 28
-    monkeypatch.setattr("samfeat.pipelines.cluster.DEATHS", 1)
+    monkeypatch.setattr("samfeat.pipelines.caching.cluster.DEATHS", 1)
     with pytest.raises(ValueError, match="died over one shard"):
         list(make_shards(Marker(tmp_path, kill=2, always=True), range(4), Workers(processes=1)))
 
 
 def test_a_scheduler_that_is_not_there(tmp_path, monkeypatch):
-    monkeypatch.setattr("samfeat.pipelines.cluster.PATIENCE", 0.5)
+    monkeypatch.setattr("samfeat.pipelines.caching.cluster.PATIENCE", 0.5)
     with pytest.raises(ValueError, match="no Dask scheduler answers at"):
         list(make_shards(Marker(tmp_path), range(3), Workers(scheduler="tcp://127.0.0.1:9")))
 

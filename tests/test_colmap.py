@@ -9,11 +9,11 @@ import pycolmap
 import pytest
 from PIL import Image
 
-from samfeat.pipelines.colmap import ColmapCamera, find_workspaces, read_array, read_model
-from samfeat.pipelines.colmap_pairs import ColmapSource, pairs_of
-from samfeat.pipelines.correspondences import PIXEL_TOLERANCE
-from samfeat.pipelines.pairs import MIN_VALID
-from samfeat.pipelines.sources import open_source
+from samfeat.pipelines.caching.inputs import open_source
+from samfeat.pipelines.sources.colmap import ColmapCamera, find_workspaces, read_array, read_model
+from samfeat.pipelines.sources.colmap_pairs import ColmapSource, pairs_of
+from samfeat.pipelines.sources.correspondences import PIXEL_TOLERANCE
+from samfeat.pipelines.sources.pairs import MIN_VALID
 from samfeat.teacher_cache.images import FolderSource
 from samfeat.teacher_cache.schema import POINTS
 

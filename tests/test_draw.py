@@ -2,7 +2,7 @@ import cv2
 import numpy as np
 import pytest
 
-from samfeat.pipelines.draw import (
+from samfeat.pipelines.pictures.draw import (
     GREEN,
     RED,
     color_groups,

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from test_page import Cells
 
-from samfeat.pipelines.draw import save_png
 from samfeat.pipelines.evaluate import write_results, write_table
-from samfeat.pipelines.evaluation_report import write_evaluation_report
+from samfeat.pipelines.evaluation.report import write_evaluation_report
+from samfeat.pipelines.pictures.draw import save_png
 
 COLOURS = {"figure": (200, 0, 0), "aliked": (0, 200, 0), "samfeat": (0, 0, 200), "prediction": (9, 9, 9)}
 

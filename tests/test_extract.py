@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from samfeat.pipelines.extract import extract_folder
-from samfeat.pipelines.formats import Features, read_features
-from samfeat.pipelines.methods import Method, load_method, shrunk
+from samfeat.pipelines.features.formats import Features, read_features
+from samfeat.pipelines.features.methods import Method, load_method, shrunk
 
 
 @pytest.fixture

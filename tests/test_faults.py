@@ -20,8 +20,8 @@ from PIL import Image
 from toys import LABELS, ToySource, ToyTeacher, tree_bytes
 
 from samfeat.pipelines.build_cache import build_cache
-from samfeat.pipelines.cluster import Workers
-from samfeat.pipelines.sources import open_source
+from samfeat.pipelines.caching.cluster import Workers
+from samfeat.pipelines.caching.inputs import open_source
 from samfeat.teacher_cache.store import TeacherCache
 from samfeat.teacher_cache.verify import Problem, verify
 

@@ -8,7 +8,7 @@ import pycolmap
 import pytest
 import torch
 
-from samfeat.pipelines.formats import (
+from samfeat.pipelines.features.formats import (
     FeatureFile,
     d2net_bytes,
     to_kornia,

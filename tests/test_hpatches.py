@@ -8,8 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from samfeat.pipelines.formats import Features
-from samfeat.pipelines.hpatches import (
+from samfeat.pipelines.evaluation.hpatches import (
     TOO_LARGE,
     corner_error,
     evaluate_hpatches,
@@ -18,7 +17,8 @@ from samfeat.pipelines.hpatches import (
     match_errors,
     mma,
 )
-from samfeat.pipelines.methods import Method, load_method
+from samfeat.pipelines.features.formats import Features
+from samfeat.pipelines.features.methods import Method, load_method
 
 SHIFT = np.array([[1.0, 0, 20], [0, 1, -10], [0, 0, 1]])
 

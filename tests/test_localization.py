@@ -9,9 +9,9 @@ import pytest
 from places import lookup, write_aachen, write_place
 from scipy.spatial.transform import Rotation
 
-from samfeat.pipelines.camera_poses import Pose, pose_errors
-from samfeat.pipelines.localization import evaluate_localize, write_poses
-from samfeat.pipelines.methods import load_method
+from samfeat.pipelines.evaluation.camera_poses import Pose, pose_errors
+from samfeat.pipelines.evaluation.localization import evaluate_localize, write_poses
+from samfeat.pipelines.features.methods import load_method
 
 
 def read_poses(path: Path) -> dict[str, Pose]:

@@ -5,11 +5,11 @@ import pycolmap
 import pytest
 from skimage import data
 
-from samfeat.pipelines.draw import draw_matches, inlier_colors
 from samfeat.pipelines.extract import extract_folder
-from samfeat.pipelines.formats import FeatureFile
+from samfeat.pipelines.features.formats import FeatureFile
+from samfeat.pipelines.features.methods import load_method
 from samfeat.pipelines.match import estimate, match_images, match_pairs, mutual_matches, read_pairs
-from samfeat.pipelines.methods import load_method
+from samfeat.pipelines.pictures.draw import draw_matches, inlier_colors
 
 HOMOGRAPHY = np.array([[0.9, 0.15, 10.0], [-0.12, 0.95, 30.0], [1e-4, -5e-5, 1.0]])
 

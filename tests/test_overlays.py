@@ -2,8 +2,8 @@ import cv2
 import numpy as np
 import pytest
 
-from samfeat.pipelines.draw import LEAST, panel
-from samfeat.pipelines.overlays import MAPS, SHOWN, feature_tiles, overlay
+from samfeat.pipelines.pictures.draw import LEAST, panel
+from samfeat.pipelines.pictures.overlays import MAPS, SHOWN, feature_tiles, overlay
 
 GREY = np.full((LEAST, 2 * LEAST, 3), 128, np.uint8)
 

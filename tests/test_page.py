@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 import cv2
 import numpy as np
 
-from samfeat.pipelines.page import figure, page, row, table
+from samfeat.pipelines.pictures.page import figure, page, row, table
 
 
 class Cells(HTMLParser):

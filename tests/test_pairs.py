@@ -9,9 +9,9 @@ import h5py
 import numpy as np
 import pytest
 
-from samfeat.pipelines.correspondences import DEPTH_TOLERANCE, correspondences
-from samfeat.pipelines.megadepth import read_scene_info
-from samfeat.pipelines.pairs import MIN_VALID, MegaDepthSource
+from samfeat.pipelines.sources.correspondences import DEPTH_TOLERANCE, correspondences
+from samfeat.pipelines.sources.megadepth import read_scene_info
+from samfeat.pipelines.sources.pairs import MIN_VALID, MegaDepthSource
 from samfeat.teacher_cache.schema import POINTS
 
 SIZE = (120, 160)

@@ -2,7 +2,7 @@ import h5py
 import numpy as np
 import pytest
 
-from samfeat.pipelines.parts import Parts, open_hdf5
+from samfeat.pipelines.features.parts import Parts, open_hdf5
 
 
 def test_parts_last_until_they_are_packed(tmp_path):

@@ -11,11 +11,11 @@ import torch
 from torch.nn import functional as F
 
 from samfeat.pipelines.evaluate import predict
+from samfeat.pipelines.evaluation.hpatches import match_errors
 from samfeat.pipelines.extract import extract_images
-from samfeat.pipelines.formats import Features
-from samfeat.pipelines.hpatches import match_errors
-from samfeat.pipelines.methods import load_method
-from samfeat.pipelines.peers import PEERS, choose_device
+from samfeat.pipelines.features.formats import Features
+from samfeat.pipelines.features.methods import load_method
+from samfeat.pipelines.features.peers import PEERS, choose_device
 
 FILES = {
     "aliked": ("aliked-n16rot.pth", "aliked-n32.pth"),

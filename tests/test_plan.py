@@ -9,7 +9,7 @@ import pytest
 import torch
 from toys import LABELS, ToySource, ToyTeacher, toy_store, tree_bytes
 
-from samfeat.pipelines.plan import make_plan
+from samfeat.pipelines.caching.plan import make_plan
 from samfeat.teacher_cache.store import TeacherCache
 
 

@@ -8,9 +8,16 @@ from PIL import Image
 from scipy.spatial.transform import Rotation
 
 from samfeat.pipelines.evaluate import error_auc
-from samfeat.pipelines.formats import Features
-from samfeat.pipelines.methods import Method
-from samfeat.pipelines.pose import PosePair, epipolar_errors, estimate_pose, evaluate_pose, find_pairs, pose_error
+from samfeat.pipelines.evaluation.pose import (
+    PosePair,
+    epipolar_errors,
+    estimate_pose,
+    evaluate_pose,
+    find_pairs,
+    pose_error,
+)
+from samfeat.pipelines.features.formats import Features
+from samfeat.pipelines.features.methods import Method
 
 K0 = np.array([[300.0, 0, 160], [0, 310, 120], [0, 0, 1]])
 K1 = np.array([[280.0, 0, 150], [0, 285, 125], [0, 0, 1]])

@@ -9,11 +9,11 @@ import cv2
 import numpy as np
 import pytest
 
-from samfeat.pipelines.colmap import read_model
-from samfeat.pipelines.colmap_pairs import ColmapSource
 from samfeat.pipelines.prepare import prepare_photos
-from samfeat.pipelines.render import Camera, look_at, render_image
-from samfeat.pipelines.scenes import FOCAL, SIZE, intrinsics, load_photographs, room, sky
+from samfeat.pipelines.sources.colmap import read_model
+from samfeat.pipelines.sources.colmap_pairs import ColmapSource
+from samfeat.pipelines.sources.render import Camera, look_at, render_image
+from samfeat.pipelines.sources.scenes import FOCAL, SIZE, intrinsics, load_photographs, room, sky
 
 
 def sampson(cameras, pair, points0, points1):

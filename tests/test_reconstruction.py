@@ -11,8 +11,8 @@ import pycolmap
 import pytest
 from places import lookup, write_cameras, write_photographs, write_place
 
-from samfeat.pipelines.methods import load_method
-from samfeat.pipelines.reconstruction import evaluate_reconstruct, find_collections
+from samfeat.pipelines.evaluation.reconstruction import evaluate_reconstruct, find_collections
+from samfeat.pipelines.features.methods import load_method
 
 
 def shared_points(features) -> tuple[int, int]:
@@ -128,7 +128,7 @@ import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from places import cameras, features_of, lookup
-from samfeat.pipelines.reconstruction import evaluate_reconstruct
+from samfeat.pipelines.evaluation.reconstruction import evaluate_reconstruct
 folder, at = Path(sys.argv[2]), int(sys.argv[3])
 features = {5 * k: features_of(camera, seed=5 * k) for k, camera in enumerate(cameras(5).values())}
 kill = lambda done, total: done >= at and os.kill(os.getpid(), signal.SIGKILL)

@@ -17,10 +17,10 @@ from torch.utils.tensorboard import SummaryWriter
 from toys import toy_store
 
 from samfeat.pipelines.config import load_config
-from samfeat.pipelines.draw import GREEN, LEAST, RED, YELLOW
-from samfeat.pipelines.report import RunReport, draw_curves, forget_after, read_metrics, series, tiles
+from samfeat.pipelines.pictures.draw import GREEN, LEAST, RED, YELLOW
 from samfeat.pipelines.train import train
-from samfeat.pipelines.validation import Validation, View
+from samfeat.pipelines.training.report import RunReport, draw_curves, forget_after, read_metrics, series, tiles
+from samfeat.pipelines.training.validation import Validation, View
 from samfeat.student.network import PRESETS, SAMFeatNetwork
 from samfeat.teacher_cache.store import open_stores
 

@@ -19,8 +19,8 @@ from toys import LABELS, ToySource, ToyTeacher, toy_store, tree_bytes
 from upath import UPath
 
 from samfeat.pipelines.build_cache import build_cache
-from samfeat.pipelines.cluster import Workers
-from samfeat.pipelines.sources import open_source
+from samfeat.pipelines.caching.cluster import Workers
+from samfeat.pipelines.caching.inputs import open_source
 from samfeat.teacher_cache.lock import lock_store
 from samfeat.teacher_cache.store import TeacherCache, open_stores
 from samfeat.teacher_cache.verify import Problem, verify

@@ -7,12 +7,12 @@ import pytest
 import skimage.data
 
 from samfeat.pipelines import sample
-from samfeat.pipelines.correspondences import correspondences
-from samfeat.pipelines.megadepth import read_depth, read_scene_info
-from samfeat.pipelines.pairs import MegaDepthSource
-from samfeat.pipelines.render import Camera, Surface, look_at, mipmap, render_depth, render_image
 from samfeat.pipelines.sample import disparity_of_right_view, plane_homography, write_sample
-from samfeat.pipelines.scenes import HELD_OUT, PICTURES, TILES, WALLS, load_photographs
+from samfeat.pipelines.sources.correspondences import correspondences
+from samfeat.pipelines.sources.megadepth import read_depth, read_scene_info
+from samfeat.pipelines.sources.pairs import MegaDepthSource
+from samfeat.pipelines.sources.render import Camera, Surface, look_at, mipmap, render_depth, render_image
+from samfeat.pipelines.sources.scenes import HELD_OUT, PICTURES, TILES, WALLS, load_photographs
 from samfeat.teacher_cache.images import read_image
 
 

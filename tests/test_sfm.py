@@ -3,8 +3,8 @@ import pycolmap
 import pytest
 from places import MATRIX, POINTS, SIZE, cameras, features_of, write_photographs
 
-from samfeat.pipelines import sfm
-from samfeat.pipelines.sfm import (
+from samfeat.pipelines.evaluation import sfm
+from samfeat.pipelines.evaluation.sfm import (
     count_dense_points,
     count_verified,
     create_database,

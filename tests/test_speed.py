@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from samfeat.cli import app
 from samfeat.pipelines import speed
-from samfeat.pipelines.methods import load_method
+from samfeat.pipelines.features.methods import load_method
 from samfeat.pipelines.speed import added_memory, benchmark_speed, measure, parse_size, photograph, using_threads
 from samfeat.student.extractor import SAMFeat
 

@@ -8,10 +8,10 @@ from test_train import config
 from torch.utils._python_dispatch import TorchDispatchMode
 from toys import toy_store
 
-from samfeat.pipelines.batches import Item, Part, item_generators, read_batch
-from samfeat.pipelines.cached import FromDisk
-from samfeat.pipelines.processes import connect
-from samfeat.pipelines.step import TrainingStep, out_of_memory
+from samfeat.pipelines.training.batches import Item, Part, item_generators, read_batch
+from samfeat.pipelines.training.cached import FromDisk
+from samfeat.pipelines.training.processes import connect
+from samfeat.pipelines.training.step import TrainingStep, out_of_memory
 
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero", "allclose")
 ITEMS = [Item(0, "real", 0), Item(0, "synthetic", 1), Item(0, "synthetic", 4)]

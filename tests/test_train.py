@@ -18,10 +18,10 @@ import torch
 from safetensors.torch import load_file
 from toys import toy_store
 
-import samfeat.pipelines.step as stepping
+import samfeat.pipelines.training.step as stepping
 from samfeat.pipelines.config import learning_rate, load_config
-from samfeat.pipelines.objective import losses, total
 from samfeat.pipelines.train import train
+from samfeat.pipelines.training.objective import losses, total
 from samfeat.student.extractor import SAMFeat
 from samfeat.student.network import SAMFeatNetwork
 
@@ -283,8 +283,8 @@ def test_learning_rate_schedules():
 
 
 def test_terms_with_weight_zero_are_not_computed_and_the_sum_is_weighted(cache):
-    from samfeat.pipelines.batches import Item, Part, item_generators, make_batch, read_batch
-    from samfeat.pipelines.cached import FromDisk
+    from samfeat.pipelines.training.batches import Item, Part, item_generators, make_batch, read_batch
+    from samfeat.pipelines.training.cached import FromDisk
     from samfeat.teacher_cache.store import open_stores
 
     chosen = config("losses.wsc=0", "losses.edge=0.5")

@@ -11,7 +11,7 @@ import torch
 from toys import toy_store
 
 from samfeat.pipelines.config import load_config
-from samfeat.pipelines.validation import VIEWED, Validation, hold_out
+from samfeat.pipelines.training.validation import VIEWED, Validation, hold_out
 from samfeat.student.network import PRESETS, SAMFeatNetwork
 from samfeat.teacher_cache.store import open_stores
 

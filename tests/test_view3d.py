@@ -8,9 +8,9 @@ import cv2
 import numpy as np
 import pytest
 
-from samfeat.pipelines import view3d
-from samfeat.pipelines.camera_poses import Pose, PosedCamera
-from samfeat.pipelines.view3d import MOST_POINTS, View, write_preview, write_view
+from samfeat.pipelines.evaluation import view3d
+from samfeat.pipelines.evaluation.camera_poses import Pose, PosedCamera
+from samfeat.pipelines.evaluation.view3d import MOST_POINTS, View, write_preview, write_view
 
 MATRIX = np.array([[500.0, 0, 319.5], [0, 500, 239.5], [0, 0, 1]])
 BROWSER = """

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from samfeat.pipelines.build_cache import build_cache
-from samfeat.pipelines.cluster import Workers
+from samfeat.pipelines.caching.cluster import Workers
 from samfeat.teacher_cache.grouping import paint, sort_masks
 from samfeat.teacher_cache.images import SourceItem
 from samfeat.teacher_cache.keypoints import LabelConfig

@@ -25,7 +25,7 @@ import numpy as np
 import psutil
 
 from samfeat.pipelines.build_cache import build_cache
-from samfeat.pipelines.cluster import Workers
+from samfeat.pipelines.caching.cluster import Workers
 from samfeat.teacher_cache.images import SourceItem
 from samfeat.teacher_cache.schema import Gifts, Masks
 from samfeat.teacher_cache.store import TeacherCache

@@ -23,7 +23,8 @@ import torch
 from bench_store import SHARD, write_store
 from torch import Tensor
 
-from samfeat.pipelines.batches import (
+from samfeat.pipelines.config import Config, DataConfig, load_config
+from samfeat.pipelines.training.batches import (
     PREFETCHED,
     Item,
     Part,
@@ -33,12 +34,11 @@ from samfeat.pipelines.batches import (
     read_ahead,
     read_batch,
 )
-from samfeat.pipelines.cached import FromDisk, batch_memory
-from samfeat.pipelines.config import Config, DataConfig, load_config
-from samfeat.pipelines.objective import losses, total
-from samfeat.pipelines.pace import Clock
-from samfeat.pipelines.processes import connect
-from samfeat.pipelines.step import TrainingStep
+from samfeat.pipelines.training.cached import FromDisk, batch_memory
+from samfeat.pipelines.training.objective import losses, total
+from samfeat.pipelines.training.pace import Clock
+from samfeat.pipelines.training.processes import connect
+from samfeat.pipelines.training.step import TrainingStep
 from samfeat.teacher_cache.schema import Targets
 from samfeat.teacher_cache.store import TeacherCache
 

@@ -29,9 +29,17 @@ import skimage.data
 import torch
 import zarr
 
-from samfeat.pipelines.batches import PREFETCHED, Item, Part, epoch_batches, item_generators, read_ahead, read_batch
-from samfeat.pipelines.cached import FromDisk, batch_memory
 from samfeat.pipelines.config import DataConfig
+from samfeat.pipelines.training.batches import (
+    PREFETCHED,
+    Item,
+    Part,
+    epoch_batches,
+    item_generators,
+    read_ahead,
+    read_batch,
+)
+from samfeat.pipelines.training.cached import FromDisk, batch_memory
 from samfeat.teacher_cache.classical import ClassicalTeacher
 from samfeat.teacher_cache.keypoints import LabelConfig, adapt, opencv_detector
 from samfeat.teacher_cache.layout import CODECS, chunk_reader

@@ -26,7 +26,7 @@ from segment_anything.utils.amg import batched_mask_to_box, calculate_stability_
 from torch.utils.flop_counter import FlopCounterMode
 
 from samfeat.pipelines.build_cache import build_cache
-from samfeat.pipelines.sources import open_source
+from samfeat.pipelines.caching.inputs import open_source
 from samfeat.teacher_cache.sam_decoder import ImageSide, SamDecoder
 from samfeat.teacher_cache.sam_encoder import SamEncoder
 from samfeat.teacher_cache.sam_masks import (

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from samfeat.pipelines.draw import panel
 from samfeat.pipelines.inspect_cache import tiles
+from samfeat.pipelines.pictures.draw import panel
 from samfeat.teacher_cache.images import read_image
 from samfeat.teacher_cache.store import open_stores
 

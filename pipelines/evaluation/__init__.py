@@ -1,0 +1,1 @@
+"""The evaluations of the paper: matching, pose, reconstruction, localisation, edges."""

@@ -1,0 +1,1 @@
+"""Pictures, charts and pages: from arrays to what people look at."""

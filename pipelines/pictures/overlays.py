@@ -1,0 +1,54 @@
+"""What a method makes of an image, as pictures: keypoints coloured by score, and dense maps over the image."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import cv2
+import numpy as np
+
+from samfeat.pipelines.pictures.draw import color_map, draw_keypoints, enlarged, enlargement
+
+SHOWN = 500  # keypoints; more circles than that hide the image
+MAPS: dict[str, tuple[str, str, float | None, float | None]] = {
+    "heatmap": ("heat-map", "inferno", 0, 1),
+    "attention": ("attention", "viridis", None, None),
+    "edges": ("edges", "gray", 0, None),
+}
+"""Title, colour map, lowest and highest value (None: the map's own) of the student's maps."""
+
+
+def feature_tiles(
+    image: np.ndarray, features: Mapping[str, Any], maps: Mapping[str, np.ndarray] | None = None
+) -> list[tuple[str, np.ndarray]]:
+    """Titled pictures of one size for :func:`samfeat.pipelines.pictures.draw.panel`: keypoints, then every map.
+
+    Args:
+        image: uint8 [H, W, 3].
+        features: ``keypoints`` [K, 2] and ``scores`` [K], in any order. The ``SHOWN`` best ones are drawn, coloured by
+            rank from blue to yellow.
+        maps: those of ``MAPS`` that there are, float [h, w] of any size.
+    """
+    factor = enlargement(image)
+    large = enlarged(image, factor) if factor > 1 else image
+    keypoints, scores = (np.asarray(features[key]) for key in ("keypoints", "scores"))
+    best = np.argsort(-scores, kind="stable")[:SHOWN]
+    shown = f", the best {len(best)} drawn" if len(best) < len(scores) else ""
+    span = f", scores {scores[best].min():.2g} to {scores[best].max():.2g}" if len(best) else ""
+    drawn = draw_keypoints(large, (keypoints[best] + 0.5) * factor - 0.5, scores[best])
+    tiles = [(f"{len(scores)} keypoints{shown}{span}", drawn)]
+    for key, values in (maps or {}).items():
+        title, cmap, low, high = MAPS[key]
+        values = np.asarray(values, np.float32)
+        tiles.append((f"{title}: {values.min():.2g} to {values.max():.2g}", overlay(large, values, cmap, low, high)))
+    return tiles
+
+
+def overlay(
+    image: np.ndarray, values: np.ndarray, cmap: str, low: float | None = None, high: float | None = None
+) -> np.ndarray:
+    """A map [h, w] in colours over an image [H, W, 3] in grey, three parts to one."""
+    colors = color_map(cv2.resize(values, image.shape[1::-1], interpolation=cv2.INTER_LINEAR), cmap, low=low, high=high)
+    grey = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+    return cv2.addWeighted(colors, 0.75, grey, 0.25, 0)

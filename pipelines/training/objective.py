@@ -1,0 +1,149 @@
+"""The training objective: network output and batch -> the five terms of eq. 13-14."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from samfeat.pipelines.config import LossConfig
+from samfeat.pipelines.training.batches import Batch
+from samfeat.student.losses import (
+    Reduction,
+    contrastive_descriptor_loss,
+    descriptor_loss,
+    detection_loss,
+    edge_loss,
+    excluded_negatives,
+    mean_over_images,
+    wsc_loss,
+)
+from samfeat.student.network import DenseOutput, Sampling, normalise, resize, sample
+from samfeat.student.relation import feature_distillation_loss, relation_loss
+
+
+def losses(
+    output: DenseOutput,
+    batch: Batch,
+    config: LossConfig,
+    *,
+    sampling: Sampling,
+    reduction: Reduction = mean_over_images,
+) -> dict[str, Tensor]:
+    """Every term with a weight above 0, unweighted; :func:`total` adds them up.
+
+    Args:
+        output: of the 2B images of ``batch``.
+        batch: left images first, then right ones.
+        config: forms and constants.
+        sampling: how descriptors and attention are looked up at points.
+        reduction: of the values of single images; see :mod:`samfeat.student.losses`.
+
+    Returns:
+        scalar tensors by name, in the order detection, descriptor, relation, edge, wsc.
+    """
+    pairs = len(batch.valid)
+    points = batch.points.flatten(0, 1)
+    size = (batch.images.shape[-2], batch.images.shape[-1])
+    terms: dict[str, Tensor] = {}
+    if config.detection:
+        terms["detection"] = _detection(output, batch, config, reduction)
+
+    descriptors = normalise(sample(output.descriptors, points, size, convention=sampling))
+    attention = sample(output.attention, points, size, convention=sampling).squeeze(-1)
+    d0, d1, w0, w1 = descriptors[:pairs], descriptors[pairs:], attention[:pairs], attention[pairs:]
+    excluded = excluded_negatives(batch.points[1], batch.valid)
+    if config.descriptor:
+        loss = _descriptor(d0, d1, w0, w1, batch.valid, excluded, config, reduction)
+        if config.both_directions:
+            reverse = excluded_negatives(batch.points[0], batch.valid)
+            loss = (loss + _descriptor(d1, d0, w1, w0, batch.valid, reverse, config, reduction)) / 2
+        terms["descriptor"] = loss
+
+    if config.relation:
+        if config.relation_form == "features":
+            relation = feature_distillation_loss(
+                output.distilled, batch.embedding, valid=batch.supervised, reduction=reduction
+            )
+        else:
+            weights = output.attention if config.relation_form == "eq8" else None
+            relation = relation_loss(
+                output.distilled, batch.embedding, attention=weights, valid=batch.supervised, reduction=reduction
+            )
+        terms["relation"] = relation
+    if config.edge:
+        terms["edge"] = edge_loss(
+            output.edges,
+            batch.edges,
+            batch.supervised,
+            form=config.edge_form,
+            pooling=config.edge_pooling,
+            reduction=reduction,
+        )
+    if config.wsc:
+        sides = [
+            wsc_loss(
+                d,
+                w,
+                groups,
+                excluded,  # the right image's distances serve both sides, as released (spec of "not search")
+                form=config.wsc_form,
+                margin=config.wsc_margin,
+                temperature=config.wsc_temperature,
+                background_is_group=config.background_is_group,
+                reduction=reduction,
+            )
+            for d, w, groups in ((d0, w0, batch.groups[:pairs]), (d1, w1, batch.groups[pairs:]))
+        ]
+        terms["wsc"] = (sides[0] + sides[1]) / 2
+    return terms
+
+
+def total(terms: dict[str, Tensor], config: LossConfig) -> Tensor:
+    """The weighted sum of the terms (eq. 14; the paper's weights are all 1)."""
+    return sum((getattr(config, name) * term for name, term in terms.items()), start=next(iter(terms.values())) * 0)
+
+
+def _descriptor(
+    d0: Tensor,
+    d1: Tensor,
+    w0: Tensor,
+    w1: Tensor,
+    valid: Tensor,
+    excluded: Tensor,
+    config: LossConfig,
+    reduction: Reduction,
+) -> Tensor:
+    if config.descriptor_form == "contrastive":
+        temperature = config.contrastive_temperature
+        return contrastive_descriptor_loss(
+            d0, d1, w0, w1, valid, excluded, temperature=temperature, reduction=reduction
+        )
+    return descriptor_loss(
+        d0,
+        d1,
+        w0,
+        w1,
+        valid,
+        excluded,
+        temperature=config.descriptor_temperature,
+        margin=config.descriptor_margin,
+        reduction=reduction,
+    )
+
+
+def _detection(output: DenseOutput, batch: Batch, config: LossConfig, reduction: Reduction) -> Tensor:
+    size = batch.labels.shape[-2:]
+    maps = [output.heatmap]
+    if config.deep_supervision:
+        maps += [resize(logits, size) for logits in output.head_logits]
+    parts = [
+        detection_loss(
+            logits,
+            batch.labels,
+            batch.label_mask,
+            positive_weight=config.positive_weight,
+            form=config.detection_form,
+            reduction=reduction,
+        )
+        for logits in maps
+    ]
+    return sum(parts[1:], start=parts[0]) / len(parts)
