@@ -17,14 +17,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import pycolmap
 
-from samfeat.pipelines.evaluate import collect_results, predict, write_results, write_table
+from samfeat.pipelines.evaluate import collect_results, write_table
 from samfeat.pipelines.evaluation.camera_poses import Pose, PosedCamera, pose_errors
 from samfeat.pipelines.evaluation.posed_scenes import PosedScene, find_posed_scenes
+from samfeat.pipelines.evaluation.scenes import SceneTask, evaluate_scenes
 from samfeat.pipelines.evaluation.sfm import (
     SEED,
     create_database,
-    digest,
-    image_digests,
     match_database,
     points_and_colors,
     posed_camera,
@@ -95,57 +94,27 @@ def evaluate_localize(
         ValueError: bad scenes or images; stored features or matches of another configuration or other images; or
             results on other scenes in ``output``.
     """
-    scenes = find_posed_scenes(folder)
     name = name or method.name
-    dataset = {scene.name: scene.identity() for scene in scenes}
-    collect_results(output, dataset, replacing=name)
-    settings = {"ratio": ratio, "reprojection": REPROJECTION, "seed": SEED, "colmap": pycolmap.__version__}
-    own = Path(output) / name
-    paths = {f"{scene.name}/{image}": scene.folder / image for scene in scenes for image in scene.names}
-    total = len(paths) + sum(_steps(scene) for scene in scenes)
-
-    def step(first: int) -> Progress | None:
-        return progress and (lambda done, _: progress(first + done, total))
-
-    features = predict(paths, own / "features.h5", method=method, overwrite=overwrite, progress=step(0))
-    digests = image_digests(paths)
-    done, results_by_scene = len(paths), {}
-    for scene in scenes:
-        config = {
-            "method": dict(method.config),
-            "images_sha256": digest({image: digests[f"{scene.name}/{image}"] for image in scene.names}),
-            "scene": dataset[scene.name],
-            **settings,
-        }
-        results_by_scene[scene.name] = _localize(
-            scene,
-            own / scene.name,
-            partial(_features_of, features, scene.name),
-            name=name,
-            config=config,
-            overwrite=overwrite,
-            progress=step(done),
+    tasks = {
+        scene.name: SceneTask(
+            images={image: scene.folder / image for image in scene.names},
+            identity=scene.identity(),
+            steps=_steps(scene),
+            run=partial(_localize, scene, name=name, overwrite=overwrite),
         )
-        done += _steps(scene)
-    results = {
-        "name": name,
-        "method": dict(method.config),
-        "dataset": dataset,
-        "settings": settings,
-        "scenes": results_by_scene,
+        for scene in find_posed_scenes(folder)
     }
-    write_results(own, results)
-    write_comparison(output, dataset)
+    settings = {"ratio": ratio, "reprojection": REPROJECTION, "seed": SEED, "colmap": pycolmap.__version__}
+    results = evaluate_scenes(
+        tasks, output, method=method, name=name, settings=settings, overwrite=overwrite, progress=progress
+    )
+    write_comparison(output, results["dataset"])
     return results
 
 
 def _steps(scene: PosedScene) -> int:
     """Pairs to match and queries to localise."""
     return len(scene.map_pairs) + len(scene.query_pairs) + len(scene.queries)
-
-
-def _features_of(features: Callable[[str], Features], scene: str, image: str) -> Features:
-    return features(f"{scene}/{image}")
 
 
 def _localize(

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pycolmap
 
-from samfeat.pipelines.evaluate import collect_results, error_auc, predict, write_results, write_table
+from samfeat.pipelines.evaluate import collect_results, error_auc, write_table
 from samfeat.pipelines.evaluation.camera_poses import (
     PosedCamera,
     align,
@@ -24,6 +24,7 @@ from samfeat.pipelines.evaluation.camera_poses import (
     read_cameras,
     relative_pose_errors,
 )
+from samfeat.pipelines.evaluation.scenes import SceneTask, evaluate_scenes
 from samfeat.pipelines.evaluation.sfm import (
     SEED,
     camera_pose,
@@ -32,7 +33,6 @@ from samfeat.pipelines.evaluation.sfm import (
     create_database,
     digest,
     guess_camera,
-    image_digests,
     map_database,
     match_database,
     pinhole,
@@ -159,52 +159,21 @@ def evaluate_reconstruct(
         ValueError: bad scenes or images; stored features, matches or models of another configuration or other images;
             or results on other scenes in ``output``.
     """
-    collections = find_collections(folder)
     name = name or method.name
-    dataset = {scene.name: _identity(scene) for scene in collections}
-    collect_results(output, dataset, replacing=name)
-    settings = {"ratio": ratio, "calibrated": calibrated, "seed": SEED, "colmap": pycolmap.__version__}
-    count = sum(len(scene.images) for scene in collections)
-    total = count + sum(_steps(scene) for scene in collections)
-
-    def step(first: int) -> Progress | None:
-        return progress and (lambda done, _: progress(first + done, total))
-
-    own = Path(output) / name
-    paths = {f"{scene.name}/{image}": path for scene in collections for image, path in scene.images.items()}
-    features = predict(paths, own / "features.h5", method=method, overwrite=overwrite, progress=step(0))
-    digests = image_digests(paths)
-    done, scenes = count, {}
-    for scene in collections:
-        config = {
-            "method": dict(method.config),
-            "images_sha256": digest({image: digests[f"{scene.name}/{image}"] for image in scene.images}),
-            "truth_sha256": dataset[scene.name]["truth_sha256"],
-            **settings,
-        }
-        model, facts = _reconstruct(
-            scene,
-            own / scene.name,
-            partial(_features_of, features, scene.name),
-            config=config,
-            threads=threads,
-            overwrite=overwrite,
-            progress=step(done),
+    tasks = {
+        scene.name: SceneTask(
+            images=scene.images,
+            identity=_identity(scene),
+            steps=_steps(scene),
+            run=partial(_evaluate, scene, name=name, threads=threads, overwrite=overwrite),
         )
-        done += _steps(scene)
-        if progress:
-            progress(done, total)
-        scenes[scene.name] = {**facts, **_quality(model, scene.truth)}
-        _show(scene, model, own / scene.name, f"{scene.name}, {name}")
-    results = {
-        "name": name,
-        "method": dict(method.config),
-        "dataset": dataset,
-        "settings": settings,
-        "scenes": scenes,
+        for scene in find_collections(folder)
     }
-    write_results(own, results)
-    write_comparison(output, dataset)
+    settings = {"ratio": ratio, "calibrated": calibrated, "seed": SEED, "colmap": pycolmap.__version__}
+    results = evaluate_scenes(
+        tasks, output, method=method, name=name, settings=settings, overwrite=overwrite, progress=progress
+    )
+    write_comparison(output, results["dataset"])
     return results
 
 
@@ -218,8 +187,13 @@ def _steps(scene: Collection) -> int:
     return len(scene.images) * (len(scene.images) + 1) // 2
 
 
-def _features_of(features: Callable[[str], Features], scene: str, image: str) -> Features:
-    return features(f"{scene}/{image}")
+def _evaluate(
+    scene: Collection, folder: Path, features: Callable[[str], Features], *, name: str, **options: Any
+) -> dict[str, Any]:
+    """What is known of a scene's model, which is drawn as well; for the options see :func:`_reconstruct`."""
+    model, facts = _reconstruct(scene, folder, features, **options)
+    _show(scene, model, folder, f"{scene.name}, {name}")
+    return {**facts, **_quality(model, scene.truth)}
 
 
 def _reconstruct(

@@ -68,11 +68,6 @@ def rigid(pose: Pose) -> pycolmap.Rigid3d:
     return pycolmap.Rigid3d(pycolmap.Rotation3d(pose.rotation), pose.translation)
 
 
-def image_digests(paths: Mapping[str, Path]) -> dict[str, str]:
-    """SHA-256 of image files by name."""
-    return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in paths.items()}
-
-
 def create_database(
     folder: str | Path,
     cameras: Mapping[str, pycolmap.Camera],
