@@ -42,12 +42,13 @@ demo: $(READY)  ## the whole mission on the embedded sample, about ten minutes o
 	$(CLI) evaluate hpatches --data $(DEMO)/sample/heldout --out $(DEMO)/evaluation --method sift
 	$(CLI) evaluate hpatches --data $(DEMO)/sample/heldout --out $(DEMO)/evaluation --weights $(DEMO)/run/weights.safetensors
 	@echo "== 6/6 matches on a real image pair"
-	$(CLI) match $(DEMO)/sample/Undistorted_SfM/0000/images/left.jpg $(DEMO)/sample/Undistorted_SfM/0000/images/right.jpg --weights $(DEMO)/run/weights.safetensors --out $(DEMO)/matches.png
+	$(CLI) match $(DEMO)/sample/Undistorted_SfM/0000/images/left.jpg $(DEMO)/sample/Undistorted_SfM/0000/images/right.jpg --weights $(DEMO)/run/weights.safetensors --out $(DEMO)/matches.png --maps $(DEMO)/maps.png
 	@echo "== look at"
 	@echo "$(DEMO)/gallery.html             what the teacher saw"
 	@echo "$(DEMO)/run/report.html          how the student learned"
-	@echo "$(DEMO)/evaluation/mma.png       its accuracy beside SIFT's"
+	@echo "$(DEMO)/evaluation/report.html   its accuracy and its matches beside SIFT's"
 	@echo "$(DEMO)/matches.png              its matches on a real image pair"
+	@echo "$(DEMO)/maps.png                 its keypoints, heat-map, attention and edges there"
 	@echo "$(DEMO)/run/weights.safetensors  the student itself: SAMFeat.from_pretrained(...)"
 
 test: $(READY)  ## run all tests
