@@ -14,9 +14,10 @@ ARGS   ?=
 BIN := $(VENV)/bin
 CLI := $(BIN)/samfeat-cli
 READY := $(VENV)/.ready
+SAMPLE_SIZE := --crop-size 160 --pairs-per-scene 10  # of the embedded sample; photographs have the command's defaults
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test teacher-cache inspect train evaluate check bench docs-check figure clean clean-cache
+.PHONY: help install demo test test-all teacher-cache inspect train evaluate check bench docs-check figure clean clean-cache
 
 help:  ## list the verbs
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -41,24 +42,28 @@ demo: $(READY)  ## the whole mission on the embedded sample, about ten minutes o
 	@echo "== 5/6 evaluation on held-out sequences"
 	$(CLI) evaluate hpatches --data $(DEMO)/sample/heldout --out $(DEMO)/evaluation --method sift
 	$(CLI) evaluate hpatches --data $(DEMO)/sample/heldout --out $(DEMO)/evaluation --weights $(DEMO)/run/weights.safetensors
+	$(CLI) evaluate hpatches --data $(DEMO)/sample/heldout --out $(DEMO)/evaluation --name shipped
 	@echo "== 6/6 matches on a real image pair"
 	$(CLI) match $(DEMO)/sample/Undistorted_SfM/0000/images/left.jpg $(DEMO)/sample/Undistorted_SfM/0000/images/right.jpg --weights $(DEMO)/run/weights.safetensors --out $(DEMO)/matches.png --maps $(DEMO)/maps.png
 	@echo "== look at"
 	@echo "$(DEMO)/gallery.html             what the teacher saw"
 	@echo "$(DEMO)/run/report.html          how the student learned"
-	@echo "$(DEMO)/evaluation/report.html   its accuracy and its matches beside SIFT's"
+	@echo "$(DEMO)/evaluation/report.html   its accuracy and its matches beside SIFT's and those of the student that ships"
 	@echo "$(DEMO)/matches.png              its matches on a real image pair"
 	@echo "$(DEMO)/maps.png                 its keypoints, heat-map, attention and edges there"
 	@echo "$(DEMO)/run/weights.safetensors  the student itself: SAMFeat.from_pretrained(...)"
 
-test: $(READY)  ## run all tests
-	$(BIN)/pytest --numprocesses 2 $(ARGS)
+test: $(READY)  ## run the tests, except those marked slow
+	$(BIN)/pytest --numprocesses 2 --dist worksteal $(ARGS)
+
+test-all: $(READY)  ## run every test: more kills, full-size SAM, compilation
+	$(BIN)/pytest --numprocesses 2 --dist worksteal -m "" $(ARGS)
 
 sample: $(READY)
 	$(CLI) sample sample
 
-teacher-cache: $(READY) $(filter sample,$(DATA))  ## stage one: DATA=photos TEACHER=classical|sam_vit_h CHECKPOINT=file CACHE=folder
-	$(CLI) teacher-cache --data $(DATA) --cache $(CACHE) --teacher $(TEACHER) $(if $(CHECKPOINT),--checkpoint $(CHECKPOINT)) $(ARGS)
+teacher-cache: $(READY) $(filter sample,$(DATA))  ## stage one: DATA=photos (else the small sample) TEACHER=classical|sam_vit_h CHECKPOINT=file CACHE=folder
+	$(CLI) teacher-cache --data $(DATA) --cache $(CACHE) --teacher $(TEACHER) $(if $(CHECKPOINT),--checkpoint $(CHECKPOINT)) $(if $(filter sample,$(DATA)),$(SAMPLE_SIZE)) $(ARGS)
 
 inspect: $(READY)  ## summary of CACHE, and a gallery beside it
 	$(CLI) inspect-cache $(CACHE) --html $(CACHE)/gallery.html $(ARGS)

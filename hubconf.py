@@ -10,26 +10,22 @@ from typing import Any
 dependencies = ["PIL", "cv2", "jaxtyping", "numpy", "safetensors", "torch"]
 
 
-def samfeat(preset: str | None = None, weights: str | None = None, **options: Any) -> Any:
+def samfeat(weights: str = "samfeat", **options: Any) -> Any:
     """The feature extractor ``samfeat.SAMFeat``; its ``extract`` documents the keys of features.
 
     Args:
-        preset: ``"default"``, ``"slim"``, ``"paper"`` or ``"released"``. Without one, the network and the options are
-            those of the weights file, or ``"default"``.
-        weights: a weights file (of the preset, where one is given); untrained without one.
-        **options: extraction options that differ, such as ``max_keypoints=2048``.
+        weights: the name of a student shipped with the package, or a weights file.
+        **options: extraction options to override, such as ``max_keypoints=2048``.
 
     Raises:
-        ValueError: an unknown preset or option, or a file that does not hold weights of the network.
+        ValueError: an unknown option, or a file that does not hold weights.
         FileNotFoundError: there is no such file.
     """
     if importlib.util.find_spec("samfeat") is None:
         _import_from_here()
     from samfeat.student.extractor import SAMFeat
 
-    if preset is None and weights is not None:
-        return SAMFeat.from_pretrained(weights, **options)
-    return SAMFeat(preset or "default", weights=weights, **options)
+    return SAMFeat.from_pretrained(weights, **options)
 
 
 def _import_from_here() -> None:

@@ -1,18 +1,19 @@
-"""Ablations: the paper's tables IV, V, VI, VIII and IX, and questions of our own, as lists of training runs.
+"""Ablations: the paper's tables IV, V, VI, VIII and IX, and some of our own, as lists of training runs.
 
-``configs/ablations.yaml`` names the tables, their rows, and the paper's numbers. A row is a change of a preset; every
-distinct configuration is trained once a seed, in a run folder of its own::
+``configs/ablations.yaml`` defines the tables, their rows, and the paper's numbers. A row is a change to a preset; every
+distinct configuration is trained once per seed, in its own run folder::
 
-    <out>/ablations.md, <table>.json, <table>.png      what came out so far, rewritten after every run
+    <out>/ablations.md, <table>.json, <table>.png      results so far, rewritten after every run
     <out>/runs/<configuration>/seed<k>/                a run folder of training, with figures.json once it is finished
     <out>/times/<configuration>/round<k>.json          seconds of training steps
 
-What is finished is not repeated, what is not goes on where it stopped.
+Finished runs are not repeated, unfinished ones resume.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +25,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from samfeat.pipelines.evaluation.hpatches import evaluate_hpatches, find_sequences, homographies_sha256
+from samfeat.pipelines.evaluate import evaluate
+from samfeat.pipelines.evaluation.hpatches import HPatches, find_sequences, homographies_sha256
 from samfeat.pipelines.features.methods import load_method
 from samfeat.pipelines.files import write_json
 from samfeat.pipelines.train import Progress as TrainingProgress
@@ -36,18 +38,20 @@ from samfeat.pipelines.training.validation import Validation, hold_out
 from samfeat.student.extractor import SAMFeat
 from samfeat.teacher_cache.store import TeacherCache, open_stores
 
-ROUNDS = 5  # of step times; in each, all rows have their turn
-WARM_STEPS, TIMED_STEPS, LAST_STEPS = 3, 10, 3  # of a turn; the last steps of a training may be reported together
+logger = logging.getLogger(__name__)
+
+ROUNDS = 5  # of step times; every row has a turn in each
+WARM_STEPS, TIMED_STEPS, LAST_STEPS = 3, 10, 3  # per turn; the last steps of a training may be reported together
 
 
 @dataclass(frozen=True)
 class AblationSummary:
-    """What became of a list of runs.
+    """The outcome of a list of runs.
 
     Attributes:
         report: the Markdown page with all tables.
         runs: how many runs there are.
-        failures: reason by run folder, of those that could not be finished.
+        failures: reason by run folder, for runs that could not be finished.
     """
 
     report: Path
@@ -65,25 +69,23 @@ def ablate(
     seeds: int = 3,
     preset: str = "sample",
     overrides: Sequence[str] = (),
-    report: Callable[[str], None] = print,
     progress: Callable[[float, int], None] | None = None,
 ) -> AblationSummary:
     """Train and measure every row of some tables, and write them with mean and spread over seeds.
 
-    Every figure is of the student after the last step. All rows with the first seed come first, so that the tables are
-    whole early and gain precision later. Step times are measured in rounds in which all rows have their turn.
+    Every result is for the student after the last step. All rows run with the first seed first, so the tables are
+    complete early and gain precision later. Step times are measured in rounds in which all rows take turns.
 
     Args:
         cache: a folder with ``*.zarr`` stores, or one store.
         folder: see the module; may hold earlier tables and runs.
         names: of tables; all by default.
         ablations: where the tables are defined, by default ``configs/ablations.yaml``.
-        data: a folder of sequences in HPatches' shape to measure every student on as well.
-        seeds: seeds 0, 1, ... of training; each has its own held-out images, which all rows share.
-        preset: of :func:`samfeat.pipelines.config.load_config`; what rows change.
-        overrides: ``key=value`` changes of the preset; those of a row come later.
-        report: takes lines for people.
-        progress: called with (done, total) in runs, parts of which count.
+        data: a folder of sequences in HPatches' layout to evaluate every student on as well.
+        seeds: number of seeds 0, 1, ... of training; each has its own held-out images, shared by all rows.
+        preset: see :func:`samfeat.pipelines.config.load_config`; modified by the rows.
+        overrides: ``key=value`` changes to the preset; those of a row are applied later.
+        progress: called with (done, total) in runs, including fractions.
 
     Raises:
         FileNotFoundError, ValueError: unknown table, bad configuration, no usable store or sequences, or nothing can be
@@ -105,7 +107,7 @@ def ablate(
     for run in {run.config.run.seed: run for run in plan.values()}.values():
         if not hold_out(stores, run.config.run):
             raise ValueError(f"{cache}: too few images to hold any out for validation: add images of other scenes")
-    study = _Study(cache, Path(folder), chosen, plan, stores, data, ablations.extraction, report)
+    study = _Study(cache, Path(folder), chosen, plan, stores, data, ablations.extraction)
     study.protocol |= {"preset": preset, "overrides": list(overrides), "seeds": seeds}
     return study.go(progress)
 
@@ -122,10 +124,9 @@ class _Study:
         stores: Sequence[TeacherCache],
         data: str | Path | None,
         extraction: Mapping[str, Any],
-        report: Callable[[str], None],
     ) -> None:
         self.cache, self.folder, self.tables, self.plan, self.stores = cache, folder, tables, plan, stores
-        self.data, self.extraction, self.report = data, extraction, report
+        self.data, self.extraction = data, extraction
         self.digest = "" if data is None else homographies_sha256(find_sequences(data))[:12]
         self.failures: dict[str, str] = {}
         self.protocol: dict[str, Any] = {
@@ -133,7 +134,7 @@ class _Study:
         }
 
     def go(self, progress: Callable[[float, int], None] | None) -> AblationSummary:
-        """All that is left to do."""
+        """Do everything that is left."""
         timed = {name: table for name, table in self.tables.items() if table.measure == "step_time"}
         turns = [(k, name, label) for name, table in timed.items() for k in range(ROUNDS) for label in table.rows]
         runs: dict[str, Run] = {}
@@ -143,7 +144,7 @@ class _Study:
                 runs.setdefault(run.folder, run)
                 wanted.setdefault(run.folder, []).append((name, self.tables[name].rows[label]))
         finished = sum((self.folder / place / "figures.json").exists() for place in runs)
-        self.report(f"{len(runs)} training runs, {finished} of them finished; {len(turns)} measurements of step times")
+        logger.info(f"{len(runs)} training runs, {finished} of them finished; {len(turns)} measurements of step times")
         total = len(runs) + len(turns)
 
         def tell(done: int, part: float = 0.0) -> None:
@@ -160,7 +161,7 @@ class _Study:
                 self._measure(run, [row for _, row in wanted[place]], tell=partial(tell, number))
             except (ValueError, torch.OutOfMemoryError) as error:
                 self.failures[place] = str(error).splitlines()[0]
-                self.report(f"{place} failed, all others go on: {self.failures[place]}")
+                logger.info(f"{place} failed, the others continue: {self.failures[place]}")
             page = self._write(*(name for name, _ in wanted[place]))
         tell(total)
         return AblationSummary(page, len(runs), self.failures)
@@ -168,7 +169,7 @@ class _Study:
     # -- accuracy -----------------------------------------------------------------------------------------------------
 
     def _measure(self, run: Run, rows: Sequence[Row], *, tell: Callable[[float], None]) -> None:
-        """Train one student, unless that is done, and take the figures that its rows ask for."""
+        """Train one student, unless already done, and measure what its rows need."""
         place = self.folder / run.folder
         figures = self._figures(run)
         if not figures:
@@ -177,7 +178,7 @@ class _Study:
                 tell(0.95 * state.step / state.steps)
 
             started = time.monotonic()
-            summary = train(self.cache, place, run.config, resume=True, report=self.report, progress=on_step)
+            summary = train(self.cache, place, run.config, resume=True, progress=on_step)
             figures = {
                 "steps": summary.steps,
                 "seconds": time.monotonic() - started,
@@ -195,7 +196,7 @@ class _Study:
                     self.stores,
                     sorted(hold_out(self.stores, run.config.run)),
                     run.config.run,
-                    run.config.data.homography,
+                    run.config.data,
                 )
                 student = SAMFeat.from_pretrained(weights)
                 taken[_named(options)] = validation.run(student.network, run.config, **options).figures
@@ -207,13 +208,12 @@ class _Study:
             if _named(options) not in taken:
                 device = "cpu" if run.config.run.accelerator == "cpu" else "auto"
                 method = load_method("samfeat", weights=weights, device=device, **options)
-                results = evaluate_hpatches(
-                    self.data, place / f"sequences-{self.digest}", method=method, name=_named(options)
-                )
+                sequences = place / f"sequences-{self.digest}"
+                results = evaluate(HPatches(), self.data, sequences, method=method, name=_named(options))
                 taken[_named(options)] = {
-                    **{f"mma@{t}": results["mma"]["all"][t - 1] for t in (1, 3, 5)},
-                    "matches": results["matches"]["all"],
-                    "keypoints": results["features"]["mean"],
+                    **{f"mma@{t}": results.mma["all"][t - 1] for t in (1, 3, 5)},
+                    "matches": results.matches["all"],
+                    "keypoints": results.features.mean,
                 }
                 write_json(place / "figures.json", figures)
 
@@ -224,7 +224,7 @@ class _Study:
     # -- step time ----------------------------------------------------------------------------------------------------
 
     def _time_steps(self, run: Run, number: int) -> None:
-        """Seconds of single training steps, all included, unless they are measured."""
+        """Measure the total seconds of single training steps, unless already done."""
         path = self._times(run) / f"round{number}.json"
         if path.exists():
             return
@@ -244,7 +244,7 @@ class _Study:
         scratch = self._times(run) / "run"
         shutil.rmtree(scratch, ignore_errors=True)
         moments: list[float] = []
-        train(self.cache, scratch, config, report=self.report, progress=lambda _: moments.append(time.perf_counter()))
+        train(self.cache, scratch, config, progress=lambda _: moments.append(time.perf_counter()))
         write_json(path, np.diff(moments)[WARM_STEPS - 1 : -LAST_STEPS].tolist())
         shutil.rmtree(scratch)
 
@@ -254,7 +254,7 @@ class _Study:
     # -- results ------------------------------------------------------------------------------------------------------
 
     def _write(self, *names: str) -> Path:
-        """Tables and plots of what there is so far."""
+        """Write tables and plots of the results so far."""
         results = {}
         for name in dict.fromkeys(names):
             table = self.tables[name]
@@ -288,7 +288,7 @@ class _Study:
         return write_report(self.folder, results)
 
     def _by_seed(self, runs: Sequence[Run], row: Row) -> dict[str, Any]:
-        """Figures by what they were measured on, then by seed; and those of the untrained students by seed."""
+        """Results by data set, then by seed; and those of the untrained students by seed."""
         found: dict[str, dict[str, Any]] = {}
         untrained = {}
         for run in runs:
@@ -313,5 +313,5 @@ class _Study:
 
 
 def _named(options: Mapping[str, Any]) -> str:
-    """Extraction options as a name, of a folder too."""
+    """Extraction options as a name, also used for folders."""
     return " ".join(f"{key}={value}" for key, value in sorted(options.items())) or "as trained"

@@ -1,9 +1,10 @@
-"""Features of whole folders of images, in files that other tools read: resumable, whole or not at all."""
+"""Extract features of whole folders of images into files for other tools, resumably and atomically."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -12,25 +13,31 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import h5py
 import numpy as np
 
+from samfeat.images import IMAGE_SUFFIXES, read_image, read_reduced
+from samfeat.images import list_images as find_images
 from samfeat.pipelines.features.formats import Features, d2net_bytes, write_features
-from samfeat.pipelines.features.methods import Method
-from samfeat.pipelines.features.parts import Parts, check_config, open_hdf5
-from samfeat.pipelines.files import write_bytes, write_json
-from samfeat.teacher_cache.images import IMAGE_SUFFIXES, read_image
+from samfeat.pipelines.features.parts import Parts, check_config, open_hdf5, read_config
+from samfeat.pipelines.features.protocol import Method
+from samfeat.pipelines.files import check_outputs, read_json, read_lines, write_bytes, write_json
+from samfeat.pipelines.memory import is_out_of_memory
+
+_log = logging.getLogger(__name__)
 
 FORMATS = ("hloc", "d2net")
+NOT_UTF8 = "its name is not UTF-8, which HDF5 and text files need: rename it"
 
 Progress = Callable[[int, int], None]
 
 
 class Extraction(NamedTuple):
-    """What became of the images of a run.
+    """The outcome for each image of a run.
 
     Attributes:
         written: names whose features were computed.
-        skipped: names whose features were there already.
+        skipped: names whose features already existed.
         failed: reason by name, for images that could not be read.
     """
 
@@ -45,34 +52,51 @@ def extract_folder(
     *,
     method: Method,
     format: Literal["hloc", "d2net"] = "hloc",
+    max_size: int | None = None,
     overwrite: bool = False,
     threads: int = 1,
     progress: Progress | None = None,
 ) -> Extraction:
-    """Features of every image of a folder, or of a list, in a file format of other tools.
+    """Extract features of every image in a folder or list into another tool's file format.
 
-    A second run computes what is missing. Images that cannot be read are reported, not fatal.
+    A second run computes what is missing. Unusable images (unreadable, too large for memory, or with a name that is not
+    UTF-8) are reported but not fatal.
 
     Args:
-        images: a folder, searched through, or a text file with one path a line, relative to the list.
+        images: a folder, searched recursively, or a text file with one path per line, relative to the list.
         output: for ``hloc`` one HDF5 file (see :func:`write_features`); for ``d2net`` a folder, where every image gets
             ``<image>.<method>``, an npz file with ``keypoints`` [K, 2], ``scores`` [K], ``descriptors`` [K, D].
         method: what computes the features.
         format: ``hloc`` or ``d2net``.
-        overwrite: start anew where the output holds features.
-        threads: images that are read and decoded at a time, ahead of the method.
+        max_size: longer side that the method shrinks images to (see :func:`samfeat.pipelines.features.methods.shrunk`);
+            photographs above the pixel limit are then decoded at a fraction of their size.
+        overwrite: replace existing features in the output.
+        threads: images read and decoded at once, ahead of the method.
         progress: called with (done, total) after every image.
 
     Raises:
         FileNotFoundError: no such folder, list, or listed image.
-        ValueError: no image, unknown format, or the output was made with another configuration of the method.
+        ValueError: no image, unknown format, an output that is one of the images, or that was made with a different
+            configuration of the method.
     """
     if format not in FORMATS:
         raise ValueError(f"unknown format {format!r}: choose one of {', '.join(FORMATS)}")
     paths = list_images(Path(images))
+    unnamed = {name: NOT_UTF8 for name in paths if not _is_utf8(name)}
+    paths = {name: path for name, path in paths.items() if name not in unnamed}
     if format == "hloc":
-        return extract_images(paths, output, method=method, overwrite=overwrite, threads=threads, progress=progress)
-    return _extract_d2net(paths, Path(output), method, overwrite, threads, progress)
+        made = extract_images(
+            paths,
+            output,
+            method=method,
+            max_size=max_size,
+            overwrite=overwrite,
+            threads=threads,
+            progress=progress,
+        )
+    else:
+        made = _extract_d2net(paths, Path(output), method, max_size, overwrite, threads, progress)
+    return made._replace(failed=unnamed | made.failed)
 
 
 def list_images(images: Path) -> dict[str, Path]:
@@ -80,21 +104,20 @@ def list_images(images: Path) -> dict[str, Path]:
 
     Raises:
         FileNotFoundError: no such folder, list, or listed image.
-        ValueError: no image, or a list that is no text or names something outside its own folder.
+        ValueError: no image, or a list that is not text or names something outside its own folder.
     """
     if images.is_dir():
-        found = sorted(path for path in images.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
-        if not found:
+        found = find_images(images)
+        for line in found.left_out:
+            _log.warning("%s: %s", images, line)
+        if not (found.images or found.unnamed):
             raise ValueError(f"{images} holds no image: put {', '.join(sorted(IMAGE_SUFFIXES))} files there")
-        return {path.relative_to(images).as_posix(): path for path in found}
+        return {name: images / name for name in sorted(found.images + found.unnamed)}
     if not images.exists():
         raise FileNotFoundError(f"{images} does not exist: give a folder of images, or a text file that lists them")
-    try:
-        names = [line.strip() for line in images.read_text().splitlines() if line.strip()]
-    except UnicodeDecodeError:
-        raise ValueError(f"{images} is not a text file: give a folder, or a list with one image a line") from None
+    names = list(dict.fromkeys(line for _, line in read_lines(images)))
     if not names:
-        raise ValueError(f"{images} lists no image: write one path a line")
+        raise ValueError(f"{images} lists no image: write one path per line")
     outside = [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]
     if outside:
         raise ValueError(f"{images} lists {outside[0]!r}: put the list into the images' folder, and paths below it")
@@ -113,37 +136,41 @@ def extract_images(
     method: Method,
     overwrite: bool = False,
     verify: bool = False,
+    max_size: int | None = None,
     threads: int = 1,
     progress: Progress | None = None,
 ) -> Extraction:
-    """Features of images into one HDF5 file of hloc's layout; complete ones are kept.
+    """Write features of images to one HDF5 file in hloc's layout; complete ones are kept.
 
-    The file appears, or grows, when the last image is done. Until then the features are in a folder beside it (see
-    :mod:`samfeat.pipelines.features.parts`), where a run that was killed goes on.
+    The file appears, or grows, when the last image is done. Until then the features are in a folder next to it (see
+    :mod:`samfeat.pipelines.features.parts`), from which a killed run resumes.
 
     Args:
         paths: image by name.
         output: the HDF5 file.
         method: what computes the features. Its configuration is written into the file, and must agree on a second run.
-        overwrite: start anew.
-        verify: read the images of complete features too, and refuse features of an image that has changed since.
-        threads: images that are read and decoded at a time, ahead of the method.
+        overwrite: replace existing features.
+        verify: also read the images of complete features, and refuse features of an image that has changed since.
+        max_size: see :func:`extract_folder`.
+        threads: images read and decoded at once, ahead of the method.
         progress: called with (done, total) after every image.
 
     Raises:
-        ValueError: the file was made with another configuration, or (``verify``) from other images.
+        ValueError: the file is one of the images, was made with another configuration, or (``verify``) from other
+            images.
         OSError: the file is damaged.
     """
     output = Path(output)
+    check_outputs([output], paths.values())
     output.parent.mkdir(parents=True, exist_ok=True)
-    digests: dict[str, str] = {}
+    digests: dict[str, str | None] = {}
     if overwrite:
         output.unlink(missing_ok=True)
         Parts.discard(output)
     if output.exists():
         with open_hdf5(output) as file:
-            check_config(json.loads(file.attrs.get("config", "null")), method.config, output)
-            digests = {name: file[name].attrs.get("sha256") for name in paths if name in file}
+            check_config(read_config(file), method.config, output)
+            digests = {name: _stored_digest(file, name) for name in paths if name in file}
     parts = Parts(output, method.config)
     kept = [name for name in paths if name not in digests and name in parts]
     if verify:
@@ -154,7 +181,7 @@ def extract_images(
     written: list[str] = []
     failed: dict[str, str] = {}
     missing = {name: path for name, path in paths.items() if name not in digests and name not in kept}
-    for name, digest, features in _computed(missing, method, failed, threads, progress):
+    for name, digest, features in _computed(missing, method, max_size, failed, threads, progress):
         parts.add(name, {**features, "sha256": np.array(digest)})
         written.append(name)
     if written or kept or not output.exists():
@@ -175,56 +202,100 @@ def _extract_d2net(
     paths: Mapping[str, Path],
     output: Path,
     method: Method,
+    max_size: int | None,
     overwrite: bool,
     threads: int,
     progress: Progress | None,
 ) -> Extraction:
     record = output / f"{method.name}.json"
     if not overwrite and record.exists():
-        check_config(json.loads(record.read_text()), method.config, record)
+        check_config(read_json(record), method.config, record)
     write_json(record, dict(method.config))
     targets = {name: output / f"{name}.{method.name}" for name in paths}
+    check_outputs([record, *targets.values()], paths.values())
     written: list[str] = []
     failed: dict[str, str] = {}
     missing = {name: path for name, path in paths.items() if overwrite or not targets[name].exists()}
-    for name, _, features in _computed(missing, method, failed, threads, progress):
+    for name, _, features in _computed(missing, method, max_size, failed, threads, progress):
         write_bytes(targets[name], d2net_bytes(features))
         written.append(name)
     return Extraction(written, [name for name in paths if name not in missing], failed)
 
 
 def _computed(
-    paths: Mapping[str, Path], method: Method, failed: dict[str, str], threads: int, progress: Progress | None
+    paths: Mapping[str, Path],
+    method: Method,
+    max_size: int | None,
+    failed: dict[str, str],
+    threads: int,
+    progress: Progress | None,
 ) -> Iterator[tuple[str, str, Features]]:
-    """Name, SHA-256 of the file and features of every readable image; the others go to ``failed``."""
-    for done, (name, image) in enumerate(_read_ahead(paths, threads), start=1):
+    """Yield name, SHA-256 of the file and features of every usable image; add the others to ``failed``."""
+    for done, (name, image) in enumerate(_read_ahead(paths, max_size, threads), start=1):
         try:
-            digest, pixels = image.result()
+            digest, pixels, size = image.result()
+            features = _at_size(method(pixels), pixels.shape[:2], size)
         except (ValueError, OSError) as error:
             failed[name] = str(error)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            failed[name] = "not enough memory for an image of this size: give a smaller --max-size"
         else:
-            yield name, digest, method(pixels)
+            yield name, digest, features
         if progress:
             progress(done, len(paths))
 
 
-def _read_ahead(paths: Mapping[str, Path], threads: int) -> Iterator[tuple[str, Future[tuple[str, np.ndarray]]]]:
-    """Images in order, of which ``threads`` are read while another one is in use."""
+def _at_size(features: Features, read: tuple[int, ...], size: tuple[int, int]) -> Features:
+    """Rescale features of an image read at another size to full-size pixels; sizes are (height, width)."""
+    if tuple(read) == size:
+        return features
+    scale = np.array([size[1] / read[1], size[0] / read[0]], np.float32)
+    return features | {
+        "keypoints": ((features["keypoints"] + 0.5) * scale - 0.5).astype(np.float32),
+        "image_size": np.array([size[1], size[0]], np.int64),
+        "uncertainty": np.array(scale.mean() * features.get("uncertainty", 1), np.float32),
+    }
+
+
+def _read_ahead(
+    paths: Mapping[str, Path], max_size: int | None, threads: int
+) -> Iterator[tuple[str, Future[tuple[str, np.ndarray, tuple[int, int]]]]]:
+    """Yield images in order, reading ``threads`` ahead."""
     if threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
     pool = ThreadPoolExecutor(threads, thread_name_prefix="read")
     try:
         rest = iter(paths.items())
-        ahead = deque((name, pool.submit(_read, path)) for name, path in islice(rest, threads))
+        ahead = deque((name, pool.submit(_read, path, max_size)) for name, path in islice(rest, threads))
         while ahead:
             first = ahead.popleft()
-            ahead.extend((name, pool.submit(_read, path)) for name, path in islice(rest, 1))
+            ahead.extend((name, pool.submit(_read, path, max_size)) for name, path in islice(rest, 1))
             yield first
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _read(path: Path) -> tuple[str, np.ndarray]:
-    """SHA-256 of a file, and its pixels."""
-    data = path.read_bytes()
-    return hashlib.sha256(data).hexdigest(), read_image(data, name=os.fspath(path))
+def _read(path: Path, max_size: int | None) -> tuple[str, np.ndarray, tuple[int, int]]:
+    """SHA-256 of a file, its pixels, and the (height, width) of the whole image."""
+    data, name = path.read_bytes(), os.fspath(path)
+    if max_size is None:
+        pixels = read_image(data, name=name)
+        size = pixels.shape[0], pixels.shape[1]
+    else:
+        pixels, size = read_reduced(data, max_size, name=name)
+    return hashlib.sha256(data).hexdigest(), pixels, size
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _stored_digest(file: h5py.File, name: str) -> str | None:
+    digest = file[name].attrs.get("sha256")
+    return digest if isinstance(digest, str) else None

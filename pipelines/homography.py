@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+MOST_BLUR = 2.0  # pixels, the largest deviation that the 11 taps of _blur hold
+STILL = 0.25  # of the whole strength, for the mild pairs of :func:`sample_views`
 UNIT_SQUARE = ((0.0, 0.0), (0.0, 1.0), (1.0, 1.0), (1.0, 0.0))
 
 
@@ -53,11 +55,47 @@ class HomographyConfig:
 PUBLISHED = HomographyConfig()
 
 
+@dataclass(frozen=True)
+class ViewConfig:
+    """Two windows onto a crop, both seen through homographies; see :func:`sample_views`.
+
+    Attributes:
+        size: side of the square windows in pixels, a multiple of 8; 0 uses no windows: the views are the crop itself
+            and its homography.
+        scale: largest ratio of the two views' scales; log-uniform.
+        rotation: largest angle between the two views, in radians; small angles are more likely.
+        tilt: largest angle between the image plane and the right view, in radians; uniform.
+        mild: share of the pairs that get a quarter of scale, rotation and tilt throughout training.
+        widen: share of all steps over which scale, rotation and tilt grow from a quarter to their full value.
+    """
+
+    size: int = 0
+    scale: float = 3.0
+    rotation: float = math.pi
+    tilt: float = 1.0
+    mild: float = 0.3
+    widen: float = 0.3
+
+    def __post_init__(self) -> None:
+        if self.size < 0 or self.size % 8:
+            raise ValueError(f"data.views.size={self.size}: must be a multiple of 8, or 0 for whole crops")
+        if self.scale < 1 or not 0 <= self.tilt < math.pi / 2:
+            raise ValueError(
+                f"data.views: scale must be at least 1 and tilt in [0, pi / 2), got {self.scale} and {self.tilt}"
+            )
+        if not (0 <= self.mild <= 1 and 0 <= self.widen <= 1):
+            raise ValueError(f"data.views: mild and widen are shares in [0, 1], got {self.mild} and {self.widen}")
+
+    def strength(self, progress: float) -> float:
+        """Factor of scale, rotation and tilt after a share ``progress`` of all steps, from 0.25 to 1."""
+        return 1.0 if progress >= self.widen else STILL + (1 - STILL) * progress / self.widen
+
+
 class WarpedTargets(NamedTuple):
     """Targets seen through a homography.
 
     Attributes:
-        embedding: [B, C, h, w], on the same cell grid as its source; zero in cells whose source lies outside the image.
+        embedding: [B, C, h, w], on a cell grid over the warped image; zero in cells that show nothing of the source.
         groups: integer [B, H, W], the source's own labels; 0 outside.
         edges: float [B, H, W]; 0 outside.
         valid: bool [B, H, W], whether the pixel shows a pixel of the source.
@@ -122,6 +160,86 @@ def sample_homographies(
     return (homographies / homographies[:, 2:, 2:]).float()
 
 
+def sample_views(
+    centres: Float[Tensor, "2 b 2"],
+    size: tuple[int, int],
+    *,
+    generator: torch.Generator,
+    config: ViewConfig,
+    strength: float = 1.0,
+    rows: slice = slice(None),
+    drawn: int = 0,
+) -> Float[Tensor, "2 b 3 3"]:
+    """Random homographies from two crops to two windows around a point that both crops show.
+
+    The left view is nearly upright and frontal. The right one is turned, scaled and tilted against it: the plane is
+    turned in itself, then about a random axis in it before a camera of focal length 1.2 windows (as in SiLK's training,
+    Gleize et al. 2023). The ratio of scales is shared evenly by the two views.
+
+    Args:
+        centres: (x, y) of the point in the left and in the right crop; it ends up near the middle of both windows.
+        size: (height, width) of the crops; where a window shows less than the crop, it is kept inside.
+        generator: source of all draws, on the device of ``centres``.
+        config: the distribution.
+        strength: see :meth:`ViewConfig.strength`.
+        rows, drawn: the pairs are ``rows`` of a larger batch of ``drawn`` pairs and get what they would get there;
+            the default: they are the whole batch.
+
+    Returns:
+        float32, pixels of the crop to pixels of the window, for left and right.
+    """
+    device, count = centres.device, drawn or centres.shape[1]
+
+    def between(low: float, high: float) -> Tensor:
+        draws = torch.rand(count, generator=generator, device=device, dtype=torch.float64)
+        return (low + (high - low) * draws)[rows]
+
+    weaker = between(0, 1) < config.mild
+    power = torch.where(weaker, STILL, strength).double()
+    ratio = torch.exp(power * math.log(config.scale) * between(-1, 1))
+    turn = between(-1, 1)
+    angle = power * config.rotation * turn * turn.abs()
+    tilt, axis = power * config.tilt * between(0, 1), between(0, 2 * math.pi)
+    zoom = torch.exp(between(math.log(0.7), math.log(1.15)))
+    upright, zero = between(-0.15, 0.15), torch.zeros_like(tilt)
+    jitter = torch.stack([between(-0.1, 0.1) for _ in range(4)], dim=1).view(-1, 2, 2)
+
+    views = []
+    turns = ((zoom * ratio.rsqrt(), upright, zero), (zoom * ratio.sqrt(), upright + angle, tilt))
+    for side, (scale, rotation, lean) in enumerate(turns):
+        reach = config.size / (2 * scale)[:, None]
+        extent = centres.new_tensor((size[1] - 1, size[0] - 1)).double()
+        low, high = torch.minimum(reach, extent / 2), torch.maximum(extent - reach, extent / 2)
+        centre = centres[side].double().clamp(low, high)
+        middle = (config.size - 1) / 2 + config.size * jitter[:, side]
+        plane = _plane(scale, rotation, lean, axis, focal=1.2 * config.size)
+        views.append(_shift(middle) @ plane @ _shift(-centre))
+    stacked = torch.stack(views)
+    return (stacked / stacked[..., 2:, 2:]).float()
+
+
+def _plane(scale: Tensor, rotation: Tensor, tilt: Tensor, axis: Tensor, *, focal: float) -> Float[Tensor, "b 3 3"]:
+    """A plane about its origin: scaled and turned in itself, then tilted before a camera ``focal`` pixels away."""
+    cos, sin, zero, one = rotation.cos(), rotation.sin(), torch.zeros_like(scale), torch.ones_like(scale)
+    flat = torch.stack([scale * cos, -scale * sin, zero, scale * sin, scale * cos, zero, zero, zero, one], 1)
+    x, y, bent = axis.cos(), axis.sin(), 1 - tilt.cos()  # Rodrigues' formula about the axis (x, y, 0)
+    lean = torch.stack(
+        [
+            *(tilt.cos() + x * x * bent, x * y * bent, zero),
+            *(x * y * bent, tilt.cos() + y * y * bent, zero),
+            *(-y * tilt.sin() / focal, x * tilt.sin() / focal, one),
+        ],
+        dim=1,
+    )
+    return lean.view(-1, 3, 3) @ flat.view(-1, 3, 3)
+
+
+def _shift(by: Float[Tensor, "b 2"]) -> Float[Tensor, "b 3 3"]:
+    moved = torch.eye(3, dtype=by.dtype, device=by.device).repeat(len(by), 1, 1)
+    moved[:, :2, 2] = by
+    return moved
+
+
 def warp_points(points: Float[Tensor, "b n 2"], homographies: Float[Tensor, "b 3 3"]) -> Float[Tensor, "b n 2"]:
     """Points (x, y) under homographies. Points on the horizon come out huge, but finite."""
     px, py = points.unbind(-1)
@@ -143,11 +261,30 @@ def warp(
     return _sample(images, _sources(homographies, (height, width), (height, width)), mode=mode, border="zeros")
 
 
+def warp_smoothly(
+    images: Float[Tensor, "b c H W"], homographies: Float[Tensor, "b 3 3"], size: tuple[int, int]
+) -> Float[Tensor, "b c h w"]:
+    """Images seen through homographies, on a canvas of ``size``, without aliasing and without empty regions.
+
+    Where a homography shrinks the middle of the canvas by a factor of s > 1 (the square root of the ratio of areas),
+    the image is first blurred by a Gaussian of deviation 0.5 sqrt(s^2 - 1) pixels. Past its borders it is mirrored.
+    """
+    points = _sources(homographies, size, size)
+    middle = points[:, size[0] // 2 :, size[1] // 2 :]
+    across, down = middle[:, 0, 1] - middle[:, 0, 0], middle[:, 1, 0] - middle[:, 0, 0]
+    shrink = (across[:, 0] * down[:, 1] - across[:, 1] * down[:, 0]).abs().sqrt()
+    deviation = 0.5 * (shrink.square() - 1).clamp(0, 4 * MOST_BLUR**2).sqrt()
+    return _sample(_blur(images, deviation[:, None]), points, mode="bilinear", border="reflection")
+
+
 def warp_targets(
     embedding: Float[Tensor, "b c h w"],
     groups: Int[Tensor, "b H W"],
     edges: Float[Tensor, "b H W"],
     homographies: Float[Tensor, "b 3 3"],
+    *,
+    canvas: tuple[int, int] | None = None,
+    cells: tuple[int, int] | None = None,
 ) -> WarpedTargets:
     """Targets of warped images from the targets of the clean ones.
 
@@ -159,16 +296,19 @@ def warp_targets(
         groups: label map.
         edges: edge strength, any range.
         homographies: clean to warped pixels.
+        canvas: (height, width) of the warped targets; that of the clean ones by default.
+        cells: rows and columns of the warped embedding; those of the clean one by default.
     """
     size = (groups.shape[-2], groups.shape[-1])
-    pixels = _sources(homographies, size, size)
-    cells = _sources(homographies, size, (embedding.shape[-2], embedding.shape[-1]))
+    canvas = canvas or size
+    pixels = _sources(homographies, canvas, canvas)
+    where = _sources(homographies, canvas, cells or (embedding.shape[-2], embedding.shape[-1]))
     valid = _inside(pixels, size)
     labels = _sample(groups.unsqueeze(1).float(), pixels, mode="nearest", border="border").squeeze(1)
     strength = _sample(edges.unsqueeze(1), pixels, mode="bilinear", border="border").squeeze(1)
-    vectors = _sample(embedding, cells, size, mode="bilinear", border="border")
+    vectors = _sample(embedding, where, size, mode="bilinear", border="border")
     return WarpedTargets(
-        embedding=vectors * _inside(cells, size).unsqueeze(1),
+        embedding=vectors * _inside(where, size).unsqueeze(1),
         groups=labels.to(groups.dtype) * valid,
         edges=strength * valid,
         valid=valid,
@@ -239,6 +379,64 @@ def photometric(
     blurred = motion_blur(noisy, 3, uniform(0, 360), uniform(-1, 1), border_type="reflect", mode="bilinear")
     noisy = torch.where(chance(0.5), blurred, noisy)
     return torch.where(chance(probability), noisy, images)
+
+
+def relight(
+    images: Float[Tensor, "b 3 H W"],
+    *,
+    generator: torch.Generator,
+    rows: Int[Tensor, " b"] | None = None,
+    drawn: int = 0,
+) -> Float[Tensor, "b 3 H W"]:
+    """Other light and another camera, drawn per image: stronger than :func:`photometric`.
+
+    Gamma 0.5 to 2, gains of 0.8 to 1.25 a channel, contrast 0.6 to 1.4 about the image's mean, brightness +-30; in 30 %
+    of the images a smooth shadow or highlight of 0.4 to 1.4, in 40 % a Gaussian blur of up to 2 pixels, in half of them
+    Gaussian noise of deviation up to 12, in 10 % no colour. A sixth of the images stay as they are.
+
+    Args:
+        images: values in [0, 255].
+        generator: source of all draws, on any device.
+        rows, drawn: as in :func:`photometric`.
+
+    Returns:
+        new images, values in [0, 255].
+    """
+    count = len(images) if rows is None else drawn
+    height, width = images.shape[-2:]
+
+    def own(draws: Tensor) -> Tensor:
+        return (draws if rows is None else draws[rows]).to(images.device)
+
+    def between(low: float, high: float, *shape: int) -> Tensor:
+        return low + (high - low) * own(torch.rand(count, *shape, generator=generator, device=generator.device))
+
+    def chance(share: float) -> Tensor:
+        return between(0, 1, 1, 1, 1) < share
+
+    lit = 255 * (images / 255).clamp(0, 1) ** torch.exp(between(-0.7, 0.7, 1, 1, 1))
+    lit = lit * torch.exp(between(-0.22, 0.22, 3, 1, 1))
+    mean = lit.mean((1, 2, 3), keepdim=True)
+    lit = mean + between(0.6, 1.4, 1, 1, 1) * (lit - mean) + between(-30, 30, 1, 1, 1)
+    shade = F.interpolate(between(0.4, 1.4, 1, 4, 4), size=(height, width), mode="bicubic", align_corners=False)
+    lit = torch.where(chance(0.3), lit * shade.clamp(0.3, 1.5), lit)
+    lit = torch.where(chance(0.1), lit.mean(1, keepdim=True).expand_as(lit), lit)
+    lit = torch.where(chance(0.4), _blur(lit, between(0.3, 2.0, 1)), lit)
+    grain = own(torch.randn(count, 1, height, width, generator=generator, device=generator.device))
+    lit = torch.where(chance(0.5), lit + between(0, 12, 1, 1, 1) * grain, lit)
+    return torch.where(chance(1 / 6), images, lit).clamp(0, 255)
+
+
+def _blur(images: Float[Tensor, "b c h w"], sigmas: Float[Tensor, "b 1"]) -> Float[Tensor, "b c h w"]:
+    """Each image under a Gaussian of its own deviation, 0 to :data:`MOST_BLUR` pixels; a deviation of 0 copies it."""
+    sigmas = sigmas.clamp(min=1e-3)
+    offsets = torch.arange(-5, 6, device=images.device, dtype=images.dtype)
+    kernels = torch.exp(-0.5 * (offsets / sigmas).square())
+    kernels = (kernels / kernels.sum(1, keepdim=True)).repeat_interleave(images.shape[1], dim=0)
+    batch, channels, height, width = images.shape
+    flat = F.pad(images.reshape(1, batch * channels, height, width), (5, 5, 5, 5), mode="reflect")
+    flat = F.conv2d(flat, kernels[:, None, None, :], groups=batch * channels)
+    return F.conv2d(flat, kernels[:, None, :, None], groups=batch * channels).view(batch, channels, height, width)
 
 
 def _sources(homographies: Tensor, size: tuple[int, int], cells: tuple[int, int]) -> Tensor:

@@ -1,7 +1,8 @@
-"""Look at a cache: a summary, pictures of images and pairs, a self-contained gallery, a check of every stored value."""
+"""Inspect a cache: summary, pictures of images and pairs, self-contained gallery, full verification."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import cv2
 import numpy as np
 from rich.table import Table
+from upath import UPath
 
 from samfeat.pipelines.files import write_bytes
 from samfeat.pipelines.pictures.draw import (
@@ -23,21 +25,23 @@ from samfeat.pipelines.pictures.draw import (
     save_png,
     thumbnail,
 )
-from samfeat.pipelines.pictures.page import figure, page, row, text
-from samfeat.teacher_cache.rows import dequantize, quantize
-from samfeat.teacher_cache.schema import Gifts, Record
-from samfeat.teacher_cache.store import TeacherCache, open_stores
-from samfeat.teacher_cache.verify import Problem
-from samfeat.teacher_cache.verify import verify as verify_store
+from samfeat.pipelines.pictures.pages import photograph, render
+from samfeat.teacher_cache.schema import Record, TeacherOutput
+from samfeat.teacher_cache.store import TeacherCache, open_stores, store_paths
+from samfeat.teacher_cache.store.rows import dequantize, quantize
+from samfeat.teacher_cache.store.verify import Problem, verify_path
+from samfeat.teacher_cache.teachers import teacher_of
 
-__all__ = ["open_stores", "picture_of_image", "picture_of_pair", "summary", "verify", "write_gallery"]
+logger = logging.getLogger(__name__)
+
+__all__ = ["open_stores", "picture_of_image", "picture_of_pair", "repair_command", "summary", "verify", "write_gallery"]
 
 SHOWN_MATCHES = 80
 RELATIVE_TOLERANCE = 2e-3  # of the largest value, beyond the rounding to eight bits
 
 
 def summary(store: TeacherCache) -> Table:
-    """What, how much, by which teacher, what is missing, value ranges, compression, mask statistics."""
+    """Summary table: content, size, teacher, missing shards, value ranges, compression, mask statistics."""
     spec, provenance = store.spec, store.provenance
     table = Table(title=str(store.path), show_header=False, title_justify="left", title_style="bold")
     table.add_column(style="bold")
@@ -71,32 +75,35 @@ def summary(store: TeacherCache) -> Table:
     return table
 
 
-def picture_of_image(stores: Sequence[TeacherCache], name: str, out: str | Path) -> str:
-    """Draw one image and its targets; returns a line of text for people.
+def picture_of_image(stores: Sequence[TeacherCache], which: str, out: str | Path) -> str:
+    """Draw one image and its targets, by number, name, or part of a name; returns a one-line summary.
 
     Raises:
-        ValueError: no image, or more than one, of that name.
+        ValueError: there is no such image, or more than one.
     """
-    store, image = _find(stores, name)
+    store, image = _find(stores, which)
     record = store.record(image)
     save_png(out, panel([tiles(record)], height=320))
-    return f"{record.name}: {len(record.gifts.masks.stack)} masks, {len(record.keypoints)} labels -> {out}"
+    return f"{record.name}: {len(record.output.masks.stack)} masks, {len(record.keypoints)} labels -> {out}"
 
 
-def picture_of_pair(stores: Sequence[TeacherCache], pair: int, out: str | Path) -> str:
-    """Draw one pair, its correspondences and both images' targets; returns a line of text for people.
+def picture_of_pair(stores: Sequence[TeacherCache], which: str, out: str | Path) -> str:
+    """Draw one pair, its correspondences and both images' targets; returns a one-line summary.
+
+    The pair is given by its number, or by (part of) the name of one of its images.
 
     Raises:
-        ValueError: there is no such pair.
+        ValueError: there is no such pair, or more than one.
     """
-    store = next((store for store in stores if store.spec.paired), None)
-    if store is None:
+    paired = [store for store in stores if store.spec.paired]
+    if not paired:
         raise ValueError("no store of this cache has stored pairs: photographs are trained on homography pairs only")
+    store, pair = _find(paired, which, pairs=True)
     found = store.pair(pair)
     records = [store.record(image) for image in found.images]
-    matches = _correspondences(store, pair)
-    title = f"pair {pair}: {int(found.valid.sum())} correspondences, {min(SHOWN_MATCHES, int(found.valid.sum()))} drawn"
-    save_png(out, panel([[(title, matches)], *(tiles(record) for record in records)], height=320))
+    colors = pca_rgb([record.output.embedding for record in records])
+    targets = [tiles(record, own) for record, own in zip(records, colors)]
+    save_png(out, panel([[_correspondences(store, pair)], *targets], height=320))
     return f"{records[0].name} and {records[1].name}: {int(found.valid.sum())} correspondences -> {out}"
 
 
@@ -112,72 +119,99 @@ def write_gallery(
     Args:
         stores: the stores; each gets a section.
         out: the file.
-        images: at most so many images, taken evenly from each store.
+        images: maximum number of images, taken evenly from each store.
         progress: called with (images drawn, images in all).
     """
-    chosen = [(store, _evenly(_finished(store), max(1, images // len(stores)))) for store in stores]
-    total, done, sections = sum(len(some) for _, some in chosen), 0, []
+    chosen = [(store, _chosen(store, max(1, images // len(stores)))) for store in stores]
+    total, done, shown = sum(len(views) for _, some in chosen for views in some), 0, []
     for store, some in chosen:
-        rows = []
-        for image in some:
-            record = store.record(image)
-            rows.append(f"<h3>{text(record.name)}</h3>")
-            rows.append(row(*(figure(title, thumbnail(picture)) for title, picture in tiles(record))))
-            if store.spec.paired and image % 2 == 0 and image + 1 not in store.failures:
-                valid = int(store.pair(image // 2).valid.sum())
-                drawn = _correspondences(store, image // 2)
-                rows.append(row(figure(f"pair {image // 2}: {valid} correspondences", drawn, wide=True)))
-            done += 1
+        entries: list[dict[str, Any]] = []
+        for views in some:
+            records = [store.record(image) for image in views]
+            for record, colors in zip(records, pca_rgb([record.output.embedding for record in records])):
+                pictures = [
+                    photograph(title, thumbnail(picture), alt=f"{title} of {record.name}")
+                    for title, picture in tiles(record, colors)
+                ]
+                entries.append({"name": record.name, "tiles": pictures, "pair": None})
+            if len(views) == 2:
+                title, drawn = _correspondences(store, views[0] // 2)
+                entries[-1]["pair"] = photograph(title, drawn, alt=f"{title}: {' and '.join(r.name for r in records)}")
+            done += len(views)
             if progress:
                 progress(done, total)
-        facts = f"{store.spec.images} images. Teacher: {_account(store.provenance.teacher)}"
-        sections.append(f"<h2>{text(store.path.name)}</h2><p>{text(facts)}</p>{''.join(rows)}")
-    write_bytes(out, page("Teacher cache", "".join(sections)))
+        facts = {"name": store.path.name, "images": store.spec.images, "teacher": _account(store.provenance.teacher)}
+        shown.append({**facts, "shown": entries})
+    write_bytes(out, render("gallery", title="Teacher cache", stores=shown))
     return f"gallery of {total} images -> {out}"
 
 
+def _chosen(store: TeacherCache, count: int) -> list[list[int]]:
+    """About ``count`` images, evenly spread; both views of a pair together, where both are there."""
+    good = _finished(store)
+    if not store.spec.paired:
+        return [[image] for image in _evenly(good, count)]
+    pairs = {image // 2: [view for view in good if view // 2 == image // 2] for image in good}
+    return [pairs[pair] for pair in _evenly(list(pairs), max(1, count // 2))]
+
+
 def verify(
-    stores: Sequence[TeacherCache],
+    cache: str | Path,
     *,
     recompute: int = 0,
     checkpoint: Path | None = None,
-    report: Callable[[str], None] = print,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[str]:
-    """Check every stored value, and give a few images to the teacher again.
+    """Check every file and every stored value, and run a few images through the teacher again.
 
     Args:
-        stores: the stores.
-        recompute: images of each store to compute again, drawn by the store's seed.
-        checkpoint: SAM's weights, for stores of a SAM teacher; without them nothing is computed again there.
-        report: takes one line for people.
-        progress: called with (images checked, images in all).
+        cache: the cache, or one store; may be damaged.
+        recompute: images of each store to recompute, drawn with the store's seed.
+        checkpoint: SAM's weights, for stores of a SAM teacher; nothing is recomputed there without them.
+        progress: called with (images checked, total images).
 
     Returns:
-        one line a problem; nothing where everything is in order.
+        one line per problem; empty if everything is in order.
+
+    Raises:
+        FileNotFoundError: there is no store.
     """
     problems: list[str] = []
-    total, done = sum(len(store) for store in stores), 0
-    for store in stores:
-        for found in verify_store(store):
+    paths, done = store_paths(cache), 0
+    sound = {path: store for path in paths if (store := _opened(path))}
+    total = sum(len(store) for store in sound.values())
+    for path in paths:
+        before = len(problems)
+        for found in verify_path(path):
             if isinstance(found, Problem):
-                where = f"{store.path.name}" + (f", image {found.image}" if found.image >= 0 else "")
+                where = f"{path.name}" + (f", image {found.image}" if found.image >= 0 else "")
                 problems.append(f"{where}: {found.text}")
             else:
                 done += 1
                 if progress:
                     progress(done, total)
-        if recompute:
-            problems += _recompute(store, recompute, checkpoint, report)
+        if recompute and len(problems) == before:
+            problems += _recompute(sound[path], recompute, checkpoint)
     return problems
 
 
-def _recompute(store: TeacherCache, count: int, checkpoint: Path | None, report: Callable[[str], None]) -> list[str]:
-    from samfeat.pipelines.caching.inputs import teacher_of
+def repair_command(cache: str | Path) -> str:
+    """The command that repairs the stores of a cache, as far as it can be derived from them."""
+    path = store_paths(cache)[0]
+    return f"samfeat-cli teacher-cache --data DATA --cache {path.parent} --name {path.stem} --repair"
 
+
+def _opened(path: UPath) -> TeacherCache | None:
+    try:
+        return TeacherCache.open(path)
+    except (ValueError, OSError):
+        return None
+
+
+def _recompute(store: TeacherCache, count: int, checkpoint: Path | None) -> list[str]:
     teacher = teacher_of(store.provenance, checkpoint=checkpoint)
     if teacher is None:
-        report(f"{store.path.name}: nothing recomputed, its teacher needs --checkpoint")
+        logger.info(f"{store.path.name}: nothing recomputed, its teacher needs --checkpoint")
         return []
     good = _finished(store)
     rng = np.random.default_rng(store.provenance.seed)
@@ -185,14 +219,14 @@ def _recompute(store: TeacherCache, count: int, checkpoint: Path | None, report:
     for image in sorted(rng.permutation(good)[:count].tolist()):
         record = store.record(image)
         again = teacher(record.image[None])[0]
-        line, fine = _compare(record.gifts, again)
-        report(f"{store.path.name}, {record.name}: recomputed, {line}")
+        line, fine = _compare(record.output, again)
+        logger.info(f"{store.path.name}, {record.name}: recomputed, {line}")
         if not fine:
             problems.append(f"{store.path.name}, image {image}: the teacher gives other targets now ({line})")
     return problems
 
 
-def _compare(stored: Gifts, again: Gifts) -> tuple[str, bool]:
+def _compare(stored: TeacherOutput, again: TeacherOutput) -> tuple[str, bool]:
     half_step = quantize(again.embedding).scale / 2
     difference = max(0.0, float((np.abs(stored.embedding - again.embedding) - half_step).max()))
     scale = float(np.abs(again.embedding).max()) or 1.0
@@ -202,25 +236,32 @@ def _compare(stored: Gifts, again: Gifts) -> tuple[str, bool]:
     return line, difference <= RELATIVE_TOLERANCE * scale and groups <= 1e-3 and edges <= 1
 
 
-def tiles(record: Record) -> list[tuple[str, np.ndarray]]:
-    """Titled pictures of an image and of its targets, uint8 [.., .., 3], at least ``LEAST`` pixels high and wide."""
-    gifts, (height, width) = record.gifts, record.image.shape[:2]
+def tiles(record: Record, colors: np.ndarray | None = None) -> list[tuple[str, np.ndarray]]:
+    """Titled pictures of an image and of its targets, uint8 [.., .., 3], at least ``LEAST`` pixels high and wide.
+
+    Args:
+        record: the image and its targets.
+        colors: uint8 [h, w, 3], its embedding in colours, where they shall be the same as another image's.
+    """
+    colors = pca_rgb([record.output.embedding])[0] if colors is None else colors
+    output, (height, width) = record.output, record.image.shape[:2]
     factor = enlargement(record.image)
     size = (width * factor, height * factor)
     image = enlarged(record.image, factor)
-    embedding = cv2.resize(pca_rgb(gifts.embedding.astype(np.float32)), size, interpolation=cv2.INTER_NEAREST)
-    groups = cv2.resize(gifts.groups.astype(np.float64), size, interpolation=cv2.INTER_NEAREST).astype(np.int64)
+    embedding = cv2.resize(colors, size, interpolation=cv2.INTER_NEAREST)
+    groups = cv2.resize(output.groups.astype(np.float64), size, interpolation=cv2.INTER_NEAREST).astype(np.int64)
     labels = (record.keypoints[:, :2] + 0.5) * factor - 0.5
     return [
         ("image", image),
         ("embedding (PCA)", embedding),
-        (f"groups ({len(gifts.masks.stack)} masks)", color_groups(groups, image)),
-        ("edges", enlarged(color_map(gifts.edges, "gray", low=0, high=255), factor)),
+        (f"groups ({len(output.masks.stack)} masks)", color_groups(groups, image)),
+        ("edges", enlarged(color_map(output.edges, "gray", low=0, high=255), factor)),
         (f"{len(record.keypoints)} labels", draw_keypoints(image, labels, record.keypoints[:, 2])),
     ]
 
 
-def _correspondences(store: TeacherCache, pair: int) -> np.ndarray:
+def _correspondences(store: TeacherCache, pair: int) -> tuple[str, np.ndarray]:
+    """Title and picture of a pair's correspondences, of which ``SHOWN_MATCHES`` are drawn."""
     found = store.pair(pair)
     points = found.points[:, found.valid]
     some = _evenly(list(range(points.shape[1])), SHOWN_MATCHES)
@@ -228,17 +269,40 @@ def _correspondences(store: TeacherCache, pair: int) -> np.ndarray:
     image0, image1 = (store[image].image for image in found.images)
     factor = enlargement(image0)
     drawn = (points[:, some] + 0.5) * factor - 0.5
-    return draw_matches(enlarged(image0, factor), enlarged(image1, factor), *drawn, colors=colors)
+    title = f"pair {pair}: {points.shape[1]} correspondences, {len(some)} drawn"
+    return title, draw_matches(enlarged(image0, factor), enlarged(image1, factor), *drawn, colors=colors)
 
 
-def _find(stores: Sequence[TeacherCache], name: str) -> tuple[TeacherCache, int]:
+def _find(stores: Sequence[TeacherCache], which: str, *, pairs: bool = False) -> tuple[TeacherCache, int]:
+    """The store and the number of an image, or of a pair, by number or by name."""
     problems = []
     for store in stores:
         try:
-            return store, store.index(name)
+            return store, _number(store, which, pairs)
         except ValueError as error:
             problems.append(str(error))
     raise ValueError("; ".join(problems))
+
+
+def _number(store: TeacherCache, which: str, pairs: bool) -> int:
+    """Names take precedence over numbers, so that an image called ``12`` can be selected."""
+    count, what = (store.spec.pairs, "pairs") if pairs else (len(store), "images")
+    if which.isdecimal() and which not in store.names:
+        if int(which) < count:
+            return int(which)
+        raise ValueError(
+            f"{store.path.name} has {count} {what}, numbered from 0: there is no {what.removesuffix('s')} {which}"
+        )
+    if not pairs:
+        return store.index(which)
+    found = {i // 2 for i, name in enumerate(store.names) if name == which}
+    found = found or {i // 2 for i, name in enumerate(store.names) if which and which in name}
+    if len(found) != 1:
+        examples = ", ".join(store.names[2 * pair] for pair in sorted(found)[:3] or range(min(3, count)))
+        raise ValueError(
+            f"{len(found) or 'no'} pairs of {store.path.name} with an image called {which!r}; for example: {examples}"
+        )
+    return found.pop()
 
 
 def _finished(store: TeacherCache) -> list[int]:

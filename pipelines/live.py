@@ -1,9 +1,19 @@
-"""What a terminal shows while something takes its time."""
+"""Console output: lines, tables, log messages, progress.
+
+File names, library messages and user input are untrusted: they may contain rich markup, control characters or bytes
+that are not text. :func:`say` and :func:`complain` take a template of ours and arbitrary values; nothing else prints.
+"""
 
 from __future__ import annotations
 
+import logging
+import re
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from numbers import Number
+from string import Formatter
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -19,27 +29,121 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
     from samfeat.pipelines.train import Progress as TrainingProgress
 
-console = Console(highlight=False)
+INTERVAL = 30.0  # seconds between progress lines if there is no terminal
+UNWRAPPED = 10_000  # columns of a table that is not drawn on a terminal
+PLACE = "\ue000"  # stands for a value in a template while its markup is parsed; of the private use area
+
+console = Console(highlight=False, soft_wrap=True)
+errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+Update = Callable[[float, int], None]
+
+
+def printable(value: object) -> str:
+    """``value`` as text on one line: control characters and bytes that are not UTF-8 are written as escapes.
+
+    User name and password of a URL are left out.
+    """
+    text = re.sub(r"(?<=://)[^/\s@]+@", "***@", str(value)).encode("utf-8", "backslashreplace").decode()
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def say(template: str, /, **values: object) -> None:
+    """Print a line on stdout.
+
+    Args:
+        template: a format string; it may contain rich markup.
+        **values: values of its fields, shown as they are. Numbers may have a format, as in ``{error:.2f}``.
+    """
+    _print(console, template, values)
+
+
+def complain(template: str, /, **values: object) -> None:
+    """Print a line on stderr, like :func:`say`."""
+    _print(errors, template, values)
+
+
+def note(message: object) -> None:
+    """Print untrusted lines."""
+    for line in str(message).splitlines():
+        _print(console, "{line}", {"line": line})
+
+
+def show_table(table: str | Table) -> None:
+    """Print a Markdown or rich table: drawn on a terminal, otherwise on lines that never wrap."""
+    if console.is_terminal:
+        from rich.markdown import Markdown
+
+        console.print(Markdown(table) if isinstance(table, str) else table, soft_wrap=False)
+    elif isinstance(table, str):
+        console.print(Text(table.rstrip("\n")))
+    else:
+        console.print(table, soft_wrap=False, width=UNWRAPPED)
+
+
+def _print(to: Console, template: str, values: dict[str, object]) -> None:
+    """Parse the markup of the template only, then insert the values."""
+    markup, fields = "", []
+    for literal, name, spec, _ in Formatter().parse(template):
+        markup += literal
+        if name is not None:
+            value = values[name]
+            fields.append(printable(format(value if isinstance(value, Number) else str(value), spec or "")))
+            markup += PLACE
+    line = Text()
+    parts = Text.from_markup(markup)
+    for field, part in zip([*fields, None], parts.split(PLACE, include_separator=True, allow_blank=True)):
+        if field is None:
+            line.append_text(part)
+        else:
+            before, place = part.divide([len(part) - 1])
+            line.append_text(before).append(field, place.spans[0].style if place.spans else None)
+    to.print(line)
+
+
+class _ConsoleHandler(logging.Handler):
+    """Print log messages: INFO on stdout, above any progress bar; the rest on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            to = errors if record.levelno >= logging.WARNING else console
+            to.print(Text(printable(self.format(record)), style="yellow" if to is errors else ""))
+        except Exception:
+            self.handleError(record)
+
+
+def log_to_console() -> None:
+    """Show the package's log messages from INFO up. Repeated calls have no effect."""
+    logger = logging.getLogger("samfeat")
+    if not any(isinstance(handler, _ConsoleHandler) for handler in logger.handlers):
+        logger.addHandler(_ConsoleHandler())
+    logger.setLevel(logging.INFO)
 
 
 @contextmanager
-def progress_bar(title: str, *, bytes_: bool = False, rate: str = "") -> Iterator[Callable[[float, int], None]]:
-    """A progress bar with an ETA, as a function of (done, total); it appears with the first call.
+def progress_bar(title: str, *, bytes_: bool = False, rate: str = "") -> Iterator[Update]:
+    """Progress display as a callback with (done, total); it appears on the first call.
 
-    Parts of a unit count, such as 2.5 of 10 runs.
+    On a terminal it is a bar with the time left; elsewhere a line every :data:`INTERVAL` seconds with the number done,
+    the rate and the time left. Fractions of a unit are allowed, such as 2.5 of 10 runs.
 
     Args:
-        title: what is going on.
+        title: what is being done.
         bytes_: whether bytes are counted.
-        rate: unit of the speed to show, such as ``images/s``; none by default.
+        rate: unit of the speed, such as ``images/s``; on a terminal no speed is shown by default.
     """
+    if not console.is_terminal or console.is_dumb_terminal:
+        with _progress_lines(title, bytes_, rate) as update:
+            yield update
+        return
     with Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         DownloadColumn() if bytes_ else MofNCompleteColumn(),
         TextColumn("elapsed"),
@@ -55,10 +159,60 @@ def progress_bar(title: str, *, bytes_: bool = False, rate: str = "") -> Iterato
         def update(done: float, total: int) -> None:
             nonlocal task
             if task is None:
-                task = progress.add_task(title, total=total)
+                task = progress.add_task(printable(title), total=total)
             progress.update(task, completed=done, total=total)
 
         yield update
+
+
+@contextmanager
+def _progress_lines(title: str, bytes_: bool, rate: str) -> Iterator[Update]:
+    ended = threading.Event()
+    latest: tuple[float, int] | None = None
+    first: tuple[float, float] | None = None  # (time, done): what an earlier run did says nothing about the speed
+
+    def update(done: float, total: int) -> None:
+        nonlocal latest, first
+        latest = done, total
+        first = first or (time.monotonic(), done)
+
+    def beat() -> None:
+        while not ended.wait(INTERVAL):
+            if latest is not None and first is not None:
+                note(progress_line(title, *latest, latest[0] - first[1], time.monotonic() - first[0], bytes_, rate))
+
+    thread = threading.Thread(target=beat, name="samfeat-progress", daemon=True)
+    thread.start()
+    try:
+        yield update
+    finally:
+        ended.set()
+        thread.join()
+
+
+def progress_line(
+    title: str, done: float, total: int, gained: float, seconds: float, bytes_: bool = False, rate: str = ""
+) -> str:
+    """One line of progress, such as ``matches: 12/200, 3.2 pairs/s, 0:01:02 left``.
+
+    Args:
+        title: what is being done.
+        done: how much of ``total`` is done.
+        total: how much there is to do.
+        gained: how much of it was done in the last ``seconds``.
+        seconds: since when.
+        bytes_: whether bytes are counted; they are shown as megabytes.
+        rate: unit of the speed; ``/s`` by default.
+    """
+    unit = 1e6 if bytes_ else 1
+    counted = f"{done / unit:.1f}/{total / unit:.1f} MB" if bytes_ else f"{done:g}/{total}"
+    speed = gained / seconds if seconds > 0 else 0.0
+    if speed <= 0:
+        return f"{title}: {counted}"
+    left = round((total - done) / speed)
+    hours, minutes, rest = left // 3600, left // 60 % 60, left % 60
+    unit_of_speed = " MB/s" if bytes_ else f" {rate}" if rate else "/s"
+    return f"{title}: {counted}, {speed / unit:.3g}{unit_of_speed}, {hours}:{minutes:02}:{rest:02} left"
 
 
 class _Rate(ProgressColumn):
@@ -76,15 +230,18 @@ class _Rate(ProgressColumn):
 
 @contextmanager
 def training_line() -> Iterator[Callable[[TrainingProgress], None]]:
-    """A line of loss terms, images/s and validation for every logged step, over a bar with an ETA."""
-    with progress_bar("training") as bar:
+    """A line of loss terms, images/s and validation for every logged step, over a bar with the time left."""
+    with progress_bar("training", rate="steps/s") as bar:
 
         def update(state: TrainingProgress) -> None:
             terms = "  ".join(f"{name} {value:.3f}" for name, value in state.terms.items())
-            accuracy = state.validation.get("mma@3", float("nan"))
             bar(state.step, state.steps)
-            console.print(
-                f"step {state.step:>6}  {terms}  [dim]{state.images_per_second:.1f} images/s  MMA@3 {accuracy:.3f}[/]"
+            say(
+                "step {step:>6}  {terms}  [dim]{speed:.1f} images/s  MMA@3 {accuracy:.3f}[/]",
+                step=state.step,
+                terms=terms,
+                speed=state.images_per_second,
+                accuracy=state.validation.get("mma@3", float("nan")),
             )
 
         yield update

@@ -1,9 +1,11 @@
-"""Matches: of two images, as a picture; of many, in a file of other tools."""
+"""Match two images and draw or save the result, or match many into a file for other tools."""
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -13,21 +15,23 @@ import cv2
 import numpy as np
 import pycolmap
 
+from samfeat.images import read_image
 from samfeat.pipelines.extract import Progress
-from samfeat.pipelines.features.formats import FeatureFile, Features, write_colmap_database, write_matches
-from samfeat.pipelines.features.methods import Method
+from samfeat.pipelines.features.formats import FeatureFile, Features, pair_group, write_colmap_database, write_matches
 from samfeat.pipelines.features.parts import Parts, open_hdf5
-from samfeat.pipelines.pictures.draw import MOST, draw_matches, inlier_colors, panel, save_png
+from samfeat.pipelines.features.protocol import Method
+from samfeat.pipelines.files import check_outputs, read_lines, write_bytes
+from samfeat.pipelines.metrics import mutual_matches
+from samfeat.pipelines.pictures.draw import GREEN, MOST, RED, captioned, draw_matches, inlier_colors, panel, save_png
 from samfeat.pipelines.pictures.overlays import feature_tiles
-from samfeat.teacher_cache.images import read_image
 
 VERIFICATIONS = ("none", "fundamental", "homography")
 THRESHOLDS = {"fundamental": 1.0, "homography": 3.0}  # pixels: distance to the epipolar line, distance to the point
 CONFIDENCE, TRIALS = 0.9999, 10_000
 
 
-class Matching(NamedTuple):
-    """What :func:`match_pairs` did.
+class MatchedPairs(NamedTuple):
+    """The result of :func:`match_pairs`.
 
     Attributes:
         images: number of images with features.
@@ -51,43 +55,59 @@ def match_images(
     ratio: float | None = None,
     maps: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Matches two images by mutual nearest neighbours, verifies the matches and draws them.
+    """Match two images by mutual nearest neighbours, verify the matches, and draw or write them.
 
     Args:
         path0: first image, on the left.
         path1: second image, on the right.
-        output: PNG of the matches, inliers in green over outliers in red; None draws nothing.
+        output: ``.png``: a picture of the matches, inliers in green over outliers in red; ``.npz`` or ``.csv``: their
+            coordinates (see :func:`save_matches`); None writes nothing.
         method: what computes the features.
         verify: model that inliers agree with: ``fundamental`` for any two views of a rigid
             scene, ``homography`` for planes and turning cameras, ``none`` verifies nothing.
         estimator: see :func:`estimate`.
-        ratio: also demand that the best match is better than the second by this ratio of distances, in (0, 1];
+        ratio: also require the best match to be better than the second by this ratio of distances, in (0, 1];
             descriptors are then compared at unit length.
-        maps: PNG of both images' keypoints coloured by score and, where the method has them, of its dense maps.
+        maps: PNG of both images' keypoints coloured by score and, if the method has them, of its dense maps.
 
     Returns:
         JSON values: ``image0``, ``image1``, ``method``, ``keypoints0``, ``keypoints1``, ``matches``, ``inliers``
-        (None without verification), ``model`` (3 x 3, None where there is none), ``drawn`` (matches in the picture, at
+        (None without verification), ``model`` (3 x 3, None if there is none), ``drawn`` (matches in the picture, at
         most ``draw.MOST`` of them, chosen at random) and ``picture`` (path or None).
 
     Raises:
-        ValueError: unknown model, or a file that is not an image.
+        ValueError: unknown model, a file that is not an image, or an output that is an input or of another kind.
         OSError: an image cannot be opened.
     """
+    check_outputs([output, maps], [path0, path1])
+    for path, suffixes in ((output, (".png", ".npz", ".csv")), (maps, (".png",))):
+        if path is not None and Path(path).suffix.lower() not in suffixes:
+            raise ValueError(f"{path}: choose a name that ends in {' or '.join(suffixes)}")
     if verify not in VERIFICATIONS:
         raise ValueError(f"unknown verification {verify!r}: choose one of {', '.join(VERIFICATIONS)}")
     image0, image1 = read_image(path0), read_image(path1)
     features0, features1 = method(image0), method(image1)
     matches = mutual_matches(features0, features1, ratio=ratio)
+    wants_picture = output is not None and Path(output).suffix.lower() == ".png"
     points0, points1 = features0["keypoints"][matches[:, 0]], features1["keypoints"][matches[:, 1]]
     model, inliers = (None, None) if verify == "none" else estimate(points0, points1, model=verify, estimator=estimator)
-    if output is not None:
+    if output is not None and not wants_picture:
+        save_matches(output, points0, points1, inliers=inliers)
+    if output is not None and wants_picture:
         order = np.random.default_rng(0).permutation(len(matches))[:MOST]  # a fair sample of right and wrong ones
         colors = None
         if inliers is not None:
             order = order[np.argsort(inliers[order], kind="stable")]
             colors = inlier_colors(inliers[order])
-        save_png(output, draw_matches(image0, image1, points0[order], points1[order], colors=colors))
+        drawn = draw_matches(image0, image1, points0[order], points1[order], colors=colors)
+        counts = f"{len(features0['keypoints'])} and {len(features1['keypoints'])} keypoints, {len(matches)} matches"
+        legend = [(f"{len(order)} mutual matches drawn", GREEN)]
+        if inliers is not None:
+            counts += f", {inliers.sum()} agree with one {verify}{' matrix' if verify == 'fundamental' else ''}"
+            agree = int(inliers[order].sum())
+            legend = [(f"{agree} drawn that agree", GREEN), (f"{len(order) - agree} drawn that do not", RED)]
+        title = f"{Path(path0).name} and {Path(path1).name}, {method.name}: {counts}"
+        save_png(output, captioned(drawn, title, legend))
     if maps is not None:
         sides = ((image0, features0), (image1, features1))
         tiles = [feature_tiles(image, found, method.maps(image) if method.maps else None) for image, found in sides]
@@ -101,9 +121,34 @@ def match_images(
         "matches": len(matches),
         "inliers": None if inliers is None else int(inliers.sum()),
         "model": None if model is None else model.tolist(),
-        "drawn": 0 if output is None else min(len(matches), MOST),
-        "picture": None if output is None else str(output),
+        "drawn": min(len(matches), MOST) if wants_picture else 0,
+        "picture": str(output) if wants_picture else None,
     }
+
+
+def save_matches(
+    path: str | Path, points0: np.ndarray, points1: np.ndarray, *, inliers: np.ndarray | None = None
+) -> Path:
+    """Write the coordinates of matches.
+
+    Args:
+        path: ``.npz``: arrays ``points0`` and ``points1``, float32 [M, 2], and ``inliers``, bool [M], if known;
+            otherwise CSV with the columns x0, y0, x1, y1 and, if known, inlier (0 or 1).
+        points0: [M, 2], (x, y) in pixels of the first image, (0, 0) being the centre of the top-left one.
+        points1: the same in the second image.
+        inliers: which matches agree with the geometric model.
+    """
+    path = Path(path)
+    if path.suffix.lower() == ".npz":
+        arrays = {"points0": points0.astype(np.float32), "points1": points1.astype(np.float32)}
+        buffer = io.BytesIO()
+        np.savez(buffer, **(arrays if inliers is None else arrays | {"inliers": inliers}))
+        return write_bytes(path, buffer.getvalue())
+    lines = ["x0,y0,x1,y1" + ("" if inliers is None else ",inlier")]
+    for number, row in enumerate(np.hstack([points0, points1]).tolist()):
+        values = [f"{value:.3f}" for value in row]
+        lines.append(",".join(values if inliers is None else [*values, str(int(inliers[number]))]))
+    return write_bytes(path, ("\n".join(lines) + "\n").encode())
 
 
 def match_pairs(
@@ -117,13 +162,13 @@ def match_pairs(
     cameras: Mapping[str, pycolmap.Camera] | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
-) -> Matching:
-    """Matches pairs of images whose features are in a file, by mutual nearest neighbours.
+) -> MatchedPairs:
+    """Match pairs of images from a feature file by mutual nearest neighbours.
 
-    A run that was interrupted goes on where it stopped; the output appears when the last pair is done.
+    An interrupted run resumes where it stopped; the output appears when the last pair is done.
 
     Args:
-        features: HDF5 file of hloc's layout.
+        features: HDF5 file in hloc's layout.
         output: ``.h5``: hloc's matches (see :func:`samfeat.pipelines.features.formats.write_matches`); ``.db``: a
             COLMAP database with everything that mapping needs (see
             :func:`samfeat.pipelines.features.formats.write_colmap_database`).
@@ -132,12 +177,12 @@ def match_pairs(
         cosine: see :func:`samfeat.student.matching.match`.
         images: folder of the images, for the cameras of a database.
         cameras: known cameras by image name, for a database.
-        overwrite: start anew where there is an output.
+        overwrite: replace an existing output.
         progress: called with (done, total) after every pair.
 
     Raises:
-        ValueError: an output that is there already or of another kind, a foreign file of features, an unknown image, or
-            a database without images.
+        ValueError: an output that already exists, is of another kind, or is one of the inputs; a foreign feature file;
+            an unknown image; a database without images; or pairs that hloc's layout cannot tell apart.
         OSError: a file cannot be read or written.
     """
     from samfeat.student.matching import match
@@ -145,6 +190,7 @@ def match_pairs(
     output, stored = Path(output), FeatureFile(features)
     if output.suffix not in (".h5", ".db"):
         raise ValueError(f"{output}: matches are written as .h5 (hloc) or .db (COLMAP); choose such a name")
+    check_outputs([output], [features, images])
     if output.exists() and not overwrite:
         raise ValueError(f"{output} exists: choose another name, or overwrite")
     if output.suffix == ".db" and images is None and not set(stored) <= set(cameras or {}):
@@ -153,6 +199,15 @@ def match_pairs(
     unknown = sorted({name for pair in pairs for name in pair} - set(stored))
     if unknown:
         raise ValueError(f"{features} holds no features of {unknown[0]}, which the pairs name")
+    if output.suffix == ".h5":
+        groups: dict[str, tuple[str, str]] = {}
+        for pair in pairs:
+            other = groups.setdefault(pair_group(pair), pair)
+            if other != pair:
+                raise ValueError(
+                    f"pairs {' '.join(other)} and {' '.join(pair)} have one name in hloc's layout, where / becomes -: "
+                    "rename an image, or write a .db file"
+                )
     output.parent.mkdir(parents=True, exist_ok=True)
     if overwrite:
         Parts.discard(output)
@@ -183,26 +238,39 @@ def match_pairs(
             output, {name: folder / name for name in stored}, features=stored, matches=matches, cameras=cameras
         )
         parts.remove()
-    return Matching(len(stored), len(pairs), total)
+    return MatchedPairs(len(stored), len(pairs), total)
 
 
 def read_pairs(path: str | Path) -> list[tuple[str, str]]:
-    """Pairs of a text file of hloc's kind: two names a line.
+    """Read pairs from a text file in hloc's format: two names per line, separated by spaces.
+
+    Names with spaces are put in double quotes, or separated by a tab. Lines that begin with ``#`` are comments.
+    Of pairs that occur twice, in either order (as written by hloc's ``pairs_from_retrieval``), the first is kept.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a line that does not hold two different names, or a pair that occurs twice, in either order.
+        ValueError: it is not text, or a line does not have two different names.
     """
-    path = Path(path)
     pairs: dict[frozenset[str], tuple[str, str]] = {}
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
-        names = line.split()
-        if not names:
-            continue
-        if len(names) != 2 or names[0] == names[1] or frozenset(names) in pairs:
-            raise ValueError(f"{path}, line {number}: two different image names are wanted, and every pair once")
-        pairs[frozenset(names)] = names[0], names[1]
+    for number, line in read_lines(path):
+        names = _names(line)
+        if len(names) != 2 or names[0] == names[1]:
+            raise ValueError(
+                f"{path}, line {number}: two different image names are wanted; separate names that hold blanks by a tab"
+            )
+        pairs.setdefault(frozenset(names), (names[0], names[1]))
     return list(pairs.values())
+
+
+def _names(line: str) -> list[str]:
+    if "\t" in line:
+        return [name.strip().strip('"') for name in line.split("\t") if name.strip()]
+    if '"' in line:
+        try:
+            return shlex.split(line)
+        except ValueError:
+            return []
+    return line.split()
 
 
 def _key(pair: tuple[str, str]) -> str:
@@ -210,31 +278,14 @@ def _key(pair: tuple[str, str]) -> str:
 
 
 def _digest(stored: FeatureFile) -> str:
-    """What the matches of a file depend on, short of reading all of it: how it was made, of which images."""
+    """What the matches of a file depend on, without reading all of it: its configuration and its images."""
     with open_hdf5(stored.path) as file:
-        images = [(name, file[name].attrs.get("sha256"), len(file[name]["keypoints"])) for name in stored]
+        entries = ((name, file[name]) for name in stored)
+        images = [
+            (name, str(entry.attrs.get("sha256")), getattr(entry["keypoints"], "shape", None))
+            for name, entry in entries
+        ]
     return hashlib.sha256(json.dumps([stored.config, images]).encode()).hexdigest()
-
-
-def mutual_matches(
-    features0: Mapping[str, Any], features1: Mapping[str, Any], *, ratio: float | None = None
-) -> np.ndarray:
-    """int64 [M, 2]: indices of mutual nearest neighbours by the dot product of descriptors, arrays or tensors.
-
-    With a ratio, descriptors are compared at unit length (see :func:`samfeat.student.matching.match`).
-    """
-    from samfeat.student.matching import match
-
-    return match(features0, features1, ratio=ratio, cosine=ratio is not None)["matches"].cpu().numpy()
-
-
-def matched_points(features0: Mapping[str, Any], features1: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """float64 [M, 2] in image 0 and in image 1: the mutual nearest neighbours, arrays on the CPU from either kind."""
-    import torch
-
-    matches = mutual_matches(features0, features1)
-    points0, points1 = (torch.as_tensor(f["keypoints"]).cpu().double().numpy() for f in (features0, features1))
-    return points0[matches[:, 0]], points1[matches[:, 1]]
 
 
 def estimate(
@@ -244,9 +295,9 @@ def estimate(
     model: Literal["fundamental", "homography"],
     estimator: Literal["magsac", "poselib"] = "magsac",
 ) -> tuple[np.ndarray | None, np.ndarray]:
-    """The model (3 x 3) that most matches agree with, and bool [M], who does.
+    """Estimate the model (3 x 3) that most matches agree with; also returns the inliers, bool [M].
 
-    Too few matches for any model give None and no inlier.
+    With too few matches, returns None and no inliers.
 
     Args:
         points0: [M, 2], (x, y) in pixels of the first image.

@@ -1,13 +1,14 @@
 """A folder of photographs -> COLMAP's workspaces: SIFT, matching, incremental mapping, undistortion, all by pycolmap.
 
-``<out>/database.db`` holds features and matches, ``<out>/models/<k>/`` what mapping made of them, and ``<out>/<k>/``
-each model once more without distortion, with its images, as COLMAP's dense stereo takes it. Each of these is made once;
-after an interruption the same call goes on, inside the database where it was. ``<out>/photos/`` has links alone.
+``<out>/database.db`` holds features and matches, ``<out>/models/<k>/`` the reconstructed models, and ``<out>/<k>/`` an
+undistorted copy of each model with its images, as input for COLMAP's dense stereo. Each is made once; after an
+interruption the same call resumes, even within the database. ``<out>/photos/`` only has links.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -18,30 +19,33 @@ from typing import Any
 
 import pycolmap
 
+from samfeat.images import list_images
+from samfeat.pipelines.colmap_database import database_errors
 from samfeat.pipelines.files import write_json
-from samfeat.teacher_cache.images import IMAGE_SUFFIXES
 
-MIN_IMAGES = 3  # of a model; two photographs cannot confirm each other
+_log = logging.getLogger(__name__)
+
+MIN_IMAGES = 3  # per model; two photographs cannot confirm each other
 SEED = 0
 _JPEG_QUALITY = 95
 NEIGHBOURS = frozenset({*range(1, 11), 16, 32, 64, 128, 256})  # of sequential matching, as COLMAP's own defaults
-_BATCH = os.cpu_count() or 1  # photographs between two chances to stop
-_PAIRS = 16  # pairs between two chances to stop
+_BATCH = os.cpu_count() or 1  # photographs between checks for an interruption
+_PAIRS = 16  # pairs between checks for an interruption
 
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class PreparedPhotos:
-    """What a folder of photographs became.
+    """The result of a reconstruction.
 
     Attributes:
         photos: number of photographs.
-        models: number of models; photographs of unconnected things give more than one.
+        models: number of models; unconnected photographs give more than one.
         registered: photographs in them.
         points: 3-D points in them.
         error: mean reprojection error in pixels of the photographs.
-        left_out: names of photographs in no model.
+        left_out: names of photographs that are in no model.
     """
 
     photos: int
@@ -60,20 +64,20 @@ def prepare_photos(
     max_size: int = 1600,
     progress: Progress | None = None,
 ) -> PreparedPhotos:
-    """Reconstruct the scene that photographs show.
+    """Reconstruct the scene in a folder of photographs.
 
     Args:
-        photos: folder of photographs; sub-folders count.
-        out: folder of the result, see the head of this file.
+        photos: folder of photographs, including sub-folders.
+        out: output folder, see the module docstring.
         matching: ``exhaustive``: every photograph with every other; ``sequential``: with its neighbours in the order
             of names, as for the frames of a video.
-        max_size: longer side, in pixels, at which features are sought and undistorted images are written.
+        max_size: longer side, in pixels, at which features are detected and undistorted images are written.
         progress: called with (step, done, total).
 
     Raises:
-        ValueError: too few photographs, or too few of them see the same things; ``out`` is something else, or was
-            begun with other photographs or settings.
-        OSError: the disk is full or cannot be written.
+        ValueError: too few photographs, or too few with common content; ``out`` is something else, or was started with
+            other photographs or settings.
+        OSError: the disk is full or not writable.
     """
     if matching not in ("exhaustive", "sequential"):
         raise ValueError(f"unknown matching {matching!r}: choose exhaustive or sequential")
@@ -111,15 +115,16 @@ def _photographs(photos: Path, out: Path) -> list[str]:
         raise ValueError(f"{photos} is not a folder; give the folder that holds the photographs")
     if out.resolve().is_relative_to(photos.resolve()):
         raise ValueError(f"{out} lies inside {photos}; write the reconstruction next to the photographs")
-    found = (path for path in photos.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
-    names = sorted(path.relative_to(photos).as_posix() for path in found)
+    names, left_out, unnamed = list_images(photos)
+    for line in [*left_out, *(f"left out {each!r}: its name is not UTF-8, rename it" for each in unnamed)]:
+        _log.warning("%s: %s", photos, line)
     if len(names) < MIN_IMAGES:
         raise ValueError(f"{photos} holds {len(names)} photographs; a reconstruction needs {MIN_IMAGES} or, better, 20")
     return names
 
 
 def _claim(out: Path, settings: dict[str, Any]) -> None:
-    """Begin ``out``, or go on with it where it was begun with the same settings."""
+    """Create ``out``, or resume it if it was started with the same settings."""
     marker = out / "prepare.json"
     if not marker.is_file():
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -133,7 +138,7 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
 
 
 def _link(photos: Path, names: Sequence[str], folder: Path) -> list[str]:
-    """Links to the photographs under names without blanks, which COLMAP's lists of pairs cannot hold; these names."""
+    """Link the photographs under names without spaces, which COLMAP's pair lists do not allow; return these names."""
     linked = ["_".join(name.split()) for name in names]
     if len(set(linked)) < len(linked):
         twice = next(name for name in linked if linked.count(name) > 1)
@@ -147,18 +152,19 @@ def _link(photos: Path, names: Sequence[str], folder: Path) -> list[str]:
 
 def _extract(photos: Path, database: Path, names: Sequence[str], *, max_size: int, tell: Progress) -> None:
     options = pycolmap.FeatureExtractionOptions(max_image_size=max_size)
-    with pycolmap.Database.open(database) as opened:
+    with database_errors(database), pycolmap.Database.open(database) as opened:
         there = {image.name for image in opened.read_all_images() if opened.exists_descriptors(image.image_id)}
     missing = [name for name in names if name not in there]
     for start in range(0, len(missing), _BATCH):
         tell("SIFT", len(there) + start, len(names))
         batch = missing[start : start + _BATCH]
-        pycolmap.extract_features(database, photos, image_names=batch, extraction_options=options)
+        with database_errors(database):
+            pycolmap.extract_features(database, photos, image_names=batch, extraction_options=options)
     tell("SIFT", len(names), len(names))
 
 
 def _match(database: Path, matching: str, tell: Progress) -> None:
-    with pycolmap.Database.open(database) as opened:
+    with database_errors(database), pycolmap.Database.open(database) as opened:
         images = sorted((image.name, image.image_id) for image in opened.read_all_images())
         pairs = [
             (i, j) for j in range(len(images)) for i in range(j) if matching == "exhaustive" or j - i in NEIGHBOURS
@@ -168,14 +174,17 @@ def _match(database: Path, matching: str, tell: Progress) -> None:
     for start in range(0, len(missing), _PAIRS):
         tell("matching", len(pairs) - len(missing) + start, len(pairs))
         listed.write_text("".join(f"{images[i][0]} {images[j][0]}\n" for i, j in missing[start : start + _PAIRS]))
-        pycolmap.match_image_pairs(database, pairing_options=pycolmap.ImportedPairingOptions(match_list_path=listed))
+        with database_errors(database):
+            pycolmap.match_image_pairs(
+                database, pairing_options=pycolmap.ImportedPairingOptions(match_list_path=listed)
+            )
     listed.unlink(missing_ok=True)
     tell("matching", len(pairs), len(pairs))
 
 
 def _map(photos: Path, database: Path, folder: Path, tell: Progress) -> list[Path]:
-    """The folders of the models of at least ``MIN_IMAGES`` photographs, made where they are not there."""
-    with pycolmap.Database.open(database) as opened:
+    """The folders of the models with at least ``MIN_IMAGES`` photographs, created if missing."""
+    with database_errors(database), pycolmap.Database.open(database) as opened:
         number = opened.num_images()
     if not folder.exists():
         partial = _emptied(folder.parent / "partial" / folder.name)
@@ -210,7 +219,7 @@ def _undistort(photos: Path, model: Path, folder: Path, max_size: int) -> None:
 
 
 def _emptied(folder: Path) -> Path:
-    """``folder``, made anew; what is written there moves to its place once it is complete."""
+    """Recreate a staging ``folder``, whose contents are moved into place once complete."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     return folder
@@ -218,7 +227,7 @@ def _emptied(folder: Path) -> Path:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """COLMAP keeps to itself what it does, and what it raises is what our command line expects."""
+    """Silence COLMAP's output, and turn its errors into those our command line expects."""
     before = pycolmap.logging.minloglevel
     pycolmap.logging.minloglevel = pycolmap.logging.Level.FATAL.value
     try:

@@ -1,6 +1,6 @@
-"""How long features take: SAMFeat in every precision beside other methods, in one interleaved run.
+"""Benchmark feature extraction: SAMFeat in every precision next to other methods, in one interleaved run.
 
-Rounds go through all contenders one after the other, so that a machine's slow minute slows all of them.
+Each round runs all contenders one after the other, so that temporary load affects them all.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ import psutil
 import torch
 
 from samfeat.pipelines.extract import Progress
-from samfeat.pipelines.features.methods import PEERS, Method, load_method
+from samfeat.pipelines.features.methods import PEERS, load_method
+from samfeat.pipelines.features.protocol import Method
 from samfeat.pipelines.files import write_bytes
 from samfeat.pipelines.training.processes import has_bf16
 from samfeat.student.extractor import DTYPES, SAMFeat
@@ -32,11 +33,11 @@ Contender = Callable[[], object]
 
 
 class Timing(NamedTuple):
-    """What one contender took.
+    """Time and memory of one contender.
 
     Attributes:
         name: the contender.
-        median, minimum: milliseconds an image.
+        median, minimum: milliseconds per image.
         memory: peak that one call adds to the resident memory (CPU) or to the allocated memory (GPU), MiB.
     """
 
@@ -47,7 +48,7 @@ class Timing(NamedTuple):
 
 
 def precisions(device: str) -> list[str]:
-    """Precisions that a device has in hardware: ``fp32`` first, ``bf16`` and ``fp16`` where they are fast."""
+    """Precisions supported in hardware: ``fp32`` first, then ``bf16`` and ``fp16`` if they are fast."""
     narrow = ["bf16"] if has_bf16(torch.device(device)) else []
     return ["fp32", *narrow, *(["fp16"] if device.startswith("cuda") else [])]
 
@@ -62,7 +63,7 @@ def samfeat_contenders(
         images: one call extracts them all; H and W multiples of 16.
         precision: ``fp32``, ``bf16`` or ``fp16``.
         compiled: whether ``torch.compile`` is used.
-        name: how the rows begin.
+        name: prefix of the row names.
     """
     options = dataclasses.asdict(model.extraction) | {"precision": precision}
     extractor = SAMFeat(network=model.network, **options)
@@ -89,7 +90,7 @@ def samfeat_contenders(
 
 
 def other_methods(peers: Path | None, *, max_keypoints: int, device: str) -> list[Method]:
-    """SIFT and ORB, and the peers whose weights lie in a folder: files whose names begin with xfeat, aliked or disk.
+    """SIFT and ORB, and the networks with weights in a folder, in files named xfeat*, aliked* or disk*.
 
     Raises:
         FileNotFoundError: the folder holds no such file.
@@ -107,7 +108,7 @@ def other_methods(peers: Path | None, *, max_keypoints: int, device: str) -> lis
 
 
 def method_contender(method: Method, images: Sequence[np.ndarray]) -> Contender:
-    """One image after the other through a method."""
+    """Run a method on one image after the other."""
 
     def run() -> None:
         for image in images:
@@ -173,7 +174,7 @@ def added_memory(contender: Contender) -> float:
 
 
 def _return_free_memory() -> None:
-    """Give what earlier calls freed back to the system: a call that used it again would seem to need nothing."""
+    """Return freed memory to the system: a call that reused it would seem to need none."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc
     if trim is not None:
         trim(0)
@@ -193,7 +194,7 @@ def using_threads(count: int) -> Iterator[None]:
 
 
 def photograph(size: tuple[int, int]) -> np.ndarray:
-    """The photograph that is measured on, uint8 [H, W, 3], resized to (height, width)."""
+    """The benchmark photograph, uint8 [H, W, 3], resized to (height, width)."""
     import skimage.data
 
     return cv2.resize(skimage.data.stereo_motorcycle()[0], size[::-1], interpolation=cv2.INTER_AREA)
@@ -226,7 +227,7 @@ def benchmark_speed(
     repeats: int = 7,
     progress: Progress | None = None,
 ) -> list[Timing]:
-    """Measure extractors and methods beside one another on one photograph, and write the table.
+    """Measure extractors and methods side by side on one photograph, and write the table.
 
     Args:
         out: the table, in Markdown.

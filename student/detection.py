@@ -15,7 +15,7 @@ def detect(logits: Float[Tensor, "b h w"], threshold: float, *, radius: int, bor
 
     Args:
         logits: [B, H, W].
-        threshold: least probability, compared with the sigmoid of ``logits``.
+        threshold: minimum probability, compared with the sigmoid of ``logits``.
         radius: see :func:`greedy_nms`.
         border: pixels along each side without keypoints.
 
@@ -36,20 +36,20 @@ def greedy_nms(
 ) -> list[Int[Tensor, " k"]]:
     """Greedy non-maximum suppression: take the best candidate, drop all within ``radius`` of it, repeat.
 
-    Exactly the result of that loop, in a few passes over whole maps: a candidate that is the best of what remains
-    of its own window is one the loop will take, whatever happens elsewhere.
+    Gives exactly the result of that loop, in a few passes over whole maps: a candidate that is the best remaining one
+    in its own window will be taken by the loop whatever happens elsewhere.
 
     Args:
         scores: [B, H, W]; of equal scores the first in raster order is the better one.
-        candidates: [B, H, W], the pixels that take part.
+        candidates: [B, H, W], the pixels to consider.
         radius: of the infinity norm: the window is the square of 2 radius + 1 pixels.
 
     Returns:
-        for every map int64 [K], y W + x of the pixels that were taken, in that order.
+        for every map int64 [K], y W + x of the selected pixels, in that order.
     """
     indices = candidates.flatten().nonzero().squeeze(1)
     order = indices[torch.sort(scores.flatten()[indices], descending=True, stable=True).indices]
-    exact = torch.float32 if len(order) < 1 << 24 else torch.float64  # integers that the type holds exactly
+    exact = torch.float32 if len(order) < 1 << 24 else torch.float64  # represents these integers exactly
     rank = torch.zeros(scores.numel(), dtype=exact, device=scores.device)
     rank[order] = torch.arange(len(order), 0, -1, dtype=exact, device=scores.device)
     rank = rank.view_as(scores)
@@ -75,7 +75,7 @@ def _window_max(values: Tensor, radius: int) -> Tensor:
         return _pooled_max(values, radius)
     arrays = values.view(torch.uint8).numpy() if values.dtype == torch.bool else values.numpy()
     window = np.ones((2 * radius + 1, 2 * radius + 1), np.uint8)
-    found = np.stack([cv2.dilate(array, window) for array in arrays])  # many times as fast as pooling on a CPU
+    found = np.stack([cv2.dilate(array, window) for array in arrays])  # many times faster than pooling on a CPU
     return torch.from_numpy(found).view(values.dtype)
 
 
@@ -86,10 +86,10 @@ def _pooled_max(values: Tensor, radius: int) -> Tensor:
 
 
 def subpixel_offsets(logits: Float[Tensor, "h w"], points_yx: Int[Tensor, "k 2"]) -> Float[Tensor, "k 2"]:
-    """From each pixel to the peak of the quadratic through its 3 x 3 neighbourhood, (x, y) in [-0.5, 0.5].
+    """Offset from each pixel to the peak of the quadratic fit to its 3 x 3 neighbourhood, (x, y) in [-0.5, 0.5].
 
-    The quadratic has the central differences of ``logits`` as derivatives (a Newton step). It moves only points where
-    it has a maximum; beyond the border the map is continued by its last value.
+    The derivatives of the quadratic are central differences of ``logits`` (a Newton step). Only points where it has a
+    maximum are moved; border values are repeated outside the map.
     """
     height, width = logits.shape
     y, x = points_yx.unbind(1)

@@ -1,18 +1,20 @@
-"""Weights as files, written and read: safetensors with provenance, and the authors' released checkpoint.
+"""Read and write weights files: safetensors with provenance, and the authors' released checkpoint.
 
 A weights file is a safetensors file with one entry of metadata, ``samfeat-weights``, a JSON object: ``version``,
-``network`` (the fields of ``NetworkConfig``), ``extraction`` (options of ``SAMFeat``) and ``provenance`` (anything that
-says where the weights come from). Equal contents give equal bytes. Nothing is ever unpickled beyond tensors.
+``network`` (the fields of ``NetworkConfig``), ``extraction`` (options of ``SAMFeat``), ``provenance`` (anything that
+says where the weights come from) and ``sha256``, a digest of the other entries and of all tensors. Equal contents give
+equal bytes. Nothing is ever unpickled beyond tensors.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 import json
 import os
 import pickle
-import tempfile
+import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,10 +25,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from samfeat.student.files import write_bytes
 from samfeat.student.network import NetworkConfig, SAMFeatNetwork, network_preset
 
 FORMAT = "samfeat-weights"
+DIGEST = "sha256"
 VERSION = 1
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MOST_CHANNELS = 1 << 14
 
 
 class Loaded(NamedTuple):
@@ -57,24 +63,26 @@ def save_weights(
     *,
     extraction: Mapping[str, Any],
     provenance: Mapping[str, Any],
+    dtype: torch.dtype | None = None,
 ) -> None:
-    """Write the weights of ``network``, whole or not at all.
+    """Write the weights of ``network`` atomically.
 
     Args:
-        path: the file; one that exists is replaced in a single step.
+        path: the file; an existing one is replaced.
         network: the network; its configuration is stored with the weights.
         extraction: options of ``SAMFeat``, as JSON values (``dataclasses.asdict`` of an ``ExtractionConfig``).
         provenance: anything that says where the weights come from, as JSON values.
+        dtype: type to round the weights to; unchanged if None.
 
     Raises:
         ValueError: ``extraction`` or ``provenance`` holds something that JSON does not know.
         OSError: the file cannot be written.
     """
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
-    metadata = metadata_json(
-        network=dataclasses.asdict(network.config), extraction=dict(extraction), provenance=dict(provenance)
-    )
-    write_bytes(path, save(tensors, {FORMAT: metadata}))
+    tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in network.state_dict().items()}
+    values = {"network": dataclasses.asdict(network.config), "extraction": dict(extraction)}
+    values["provenance"] = dict(provenance)
+    digest = _digest(tensors, metadata_json(**values))
+    write_bytes(path, save(tensors, {FORMAT: metadata_json(**values, **{DIGEST: digest})}))
 
 
 def save_checkpoint(path: str | os.PathLike[str], network: SAMFeatNetwork) -> None:
@@ -118,31 +126,17 @@ def metadata_json(**values: Any) -> str:
         raise ValueError(f"extraction and provenance must hold JSON values only: {error}") from error
 
 
-def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write a file, whole or not at all; one that exists is replaced in a single step."""
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
 def load_weights(path: str | os.PathLike[str]) -> Loaded:
     """Read weights: a file of :func:`save_weights`, or the authors' released ``.pt`` state dict.
 
-    The kind of file is told from its contents. A pickle is read as tensors only; one that asks for more is refused
-    before any of it runs.
+    The file type is detected from the contents. A pickle is read as tensors only; one that asks for more is refused
+    before any of it runs. What is stored beside the tensors to tell damage is compared: the digest of a safetensors
+    file (files that were written before there was one are read without), the checksums of a ``.pt`` archive.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is damaged, of another format or version, or does not hold exactly the tensors of its network.
+        ValueError: it is damaged, of another format or version, or does not hold exactly the tensors of its network,
+            of finite floating-point numbers that are not all zero.
     """
     path = Path(path)
     if not path.is_file():
@@ -172,41 +166,72 @@ def _load_safetensors(path: Path) -> Loaded:
         values = json.loads(metadata[FORMAT])
         if values["version"] != VERSION:
             raise ValueError(f"version {values['version']} of {FORMAT}; this program reads version {VERSION}")
+        digest = values.pop(DIGEST, None)
+        if digest is not None and digest != _digest(tensors, json.dumps(values, sort_keys=True)):
+            raise ValueError("its sha256 does not match, the file is damaged: copy it again")
+        if metadata.keys() - {FORMAT, "format"} or values.keys() != {"version", "network", "extraction", "provenance"}:
+            raise ValueError("unknown or missing entries, the file is damaged or of another kind")
         config = NetworkConfig(**values["network"])
+        if max(config.widths) > MOST_CHANNELS:
+            raise ValueError(f"widths must be at most {MOST_CHANNELS}, got {config.widths}")
         return Loaded(tensors, config, dict(values["extraction"]), dict(values["provenance"]))
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} has metadata that cannot be read ({_line(error)})") from error
+
+
+def _digest(tensors: Mapping[str, Tensor], metadata: str) -> str:
+    """SHA-256 of the metadata and of every tensor's name, type, shape and bytes."""
+    digest = hashlib.sha256(metadata.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"\0{name} {tensor.dtype} {list(tensor.shape)}\0".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _load_checkpoint(path: Path) -> Loaded:
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()  # torch.load compares no checksum
+            if damaged is not None:
+                raise ValueError(f"the checksum of {damaged} does not match")
         values = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} is damaged, or a pickle that holds more than tensors, and was not run; "
             "ask for a plain state dict or a safetensors file"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError) as error:
+    except Exception as error:  # torch and pickle raise whatever a damaged file leads them to
         raise ValueError(f"{path} is a damaged PyTorch checkpoint ({_line(error)})") from error
-    if not isinstance(values, dict) or not all(isinstance(value, Tensor) for value in values.values()):
+    if not isinstance(values, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
+        for name, value in values.items()
+    ):
         raise ValueError(f"{path} must hold a plain state dict (names and tensors), as the authors' released one does")
     return Loaded(dict(values), network_preset("released"), None, {"source": path.name})
 
 
 def _check_tensors(path: Path, loaded: Loaded) -> None:
     with torch.device("meta"):
-        expected = {name: tuple(value.shape) for name, value in SAMFeatNetwork(loaded.config).state_dict().items()}
-    given = {name: tuple(value.shape) for name, value in loaded.state_dict.items()}
+        expected = SAMFeatNetwork(loaded.config).state_dict()
+    given = loaded.state_dict
+    common = sorted(expected.keys() & given.keys())
     problems = {
         "missing": sorted(expected.keys() - given.keys()),
         "unexpected": sorted(given.keys() - expected.keys()),
-        "of another shape": sorted(
-            f"{name} {given[name]} instead of {expected[name]}"
-            for name in expected.keys() & given.keys()
-            if given[name] != expected[name]
-        ),
+        "of another shape": [
+            f"{name} {tuple(given[name].shape)} instead of {tuple(expected[name].shape)}"
+            for name in common
+            if given[name].shape != expected[name].shape
+        ],
+        "not floating-point": [f"{name} {given[name].dtype}" for name in common if given[name].dtype not in FLOATS],
+        "NaN or infinite": [
+            name for name in common if given[name].dtype in FLOATS and not given[name].isfinite().all()
+        ],
     }
     found = [f"{kind}: {_first(names)}" for kind, names in problems.items() if names]
+    if not found and not any(given[name].any() for name in common if given[name].ndim > 1):
+        found = ["all weights are zero"]
     if found:
         raise ValueError(f"{path} does not hold the tensors of its network; {'; '.join(found)}")
 

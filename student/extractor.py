@@ -1,4 +1,4 @@
-"""SAMFeat, the object a user holds: an image in, keypoints and descriptors out.
+"""SAMFeat, the user-facing extractor: an image in, keypoints and descriptors out.
 
 Follows the authors' released evaluation where the ``released`` preset is chosen: sizes rounded to multiples of 16, edge
 probability added to the detection logit, threshold, greedy non-maximum suppression, attention-weighted descriptors.
@@ -31,29 +31,33 @@ from samfeat.student.network import (
     sample,
 )
 from samfeat.student.pixels import as_rgb
+from samfeat.student.weights import find_weights
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TORCH_NAMES: dict[str, Precision] = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 SIZE_MULTIPLE = 16
+MAX_KEYPOINTS = 10_000_000
 PYRAMID_FACTOR, PYRAMID_END = 2**0.25, 0.3
 
 
 @dataclass(frozen=True)
 class ExtractionConfig:
-    """How features are read off the dense maps. :data:`EXTRACTION_PRESETS` holds the values of the presets.
+    """How features are extracted from the dense maps. :data:`EXTRACTION_PRESETS` holds the presets.
 
     Attributes:
-        max_keypoints: at most that many, the best ones; ``None`` for all.
-        detection_threshold: least probability of a keypoint, in [0, 1].
-        nms_radius: no two keypoints of a scale lie within this many pixels of each other in both x and y.
+        max_keypoints: maximum number of keypoints, best first; ``None`` for all.
+        detection_threshold: minimum probability of a keypoint, in [0, 1].
+        nms_radius: no two keypoints of a scale are within this many pixels of each other in both x and y.
         border: pixels along each side (of the resized image) without keypoints.
-        edge_gain: multiple of the edge probability that is added to the detection logit.
+        edge_gain: factor of the edge probability that is added to the detection logit.
         weighted_descriptors: multiply unit descriptors by their attention (``True``) or leave them at unit length.
         subpixel: refine keypoints by a quadratic fit to the logits around them, by at most half a pixel.
         multiscale: extract from a pyramid of scales 1 to 0.3 in steps of 2^(1/4) as well.
         precision: arithmetic of the network's convolutions. ``"fp32"`` gives the exact features; ``"bf16"`` is for CPUs
-            with AVX-512 BF16 or AMX and for GPUs, ``"fp16"`` for GPUs. The weights stay as they are, and detection
+            with AVX-512 BF16 or AMX and for GPUs, ``"fp16"`` for GPUs; torch's names, such as ``"float16"``, are
+            accepted. The weights stay as they are, and detection
             logits and whatever follows them are float32 in any case.
 
     Raises:
@@ -71,14 +75,23 @@ class ExtractionConfig:
     precision: Precision = "fp32"
 
     def __post_init__(self) -> None:
-        if self.max_keypoints is not None and self.max_keypoints < 1:
-            raise ValueError(f"max_keypoints must be at least 1, or None for all, got {self.max_keypoints}")
+        for name in ("weighted_descriptors", "subpixel", "multiscale"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        for name, least, most in (("max_keypoints", 1, MAX_KEYPOINTS), ("nms_radius", 0, 1024), ("border", 0, 1024)):
+            value = getattr(self, name)
+            if name == "max_keypoints" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+                raise ValueError(f"{name} must be a whole number from {least} to {most}, got {value!r}")
+        for name in ("detection_threshold", "edge_gain"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise ValueError(f"{name} must be a finite number, got {value!r}")
         if not 0 <= self.detection_threshold <= 1:
             raise ValueError(f"detection_threshold must lie in [0, 1], got {self.detection_threshold}")
-        if self.nms_radius < 0 or self.border < 0:
-            raise ValueError(f"nms_radius ({self.nms_radius}) and border ({self.border}) must not be negative")
-        if not math.isfinite(self.edge_gain):
-            raise ValueError(f"edge_gain must be finite, got {self.edge_gain}")
+        if isinstance(self.precision, str):
+            object.__setattr__(self, "precision", TORCH_NAMES.get(self.precision, self.precision))
         if self.precision not in get_args(Precision):
             raise ValueError(f"precision must be one of {get_args(Precision)}, got {self.precision!r}")
 
@@ -86,8 +99,8 @@ class ExtractionConfig:
 EXTRACTION_PRESETS: dict[str, ExtractionConfig] = {
     "released": ExtractionConfig(max_keypoints=10_000, edge_gain=1.0, subpixel=False),
     "paper": ExtractionConfig(max_keypoints=10_000, subpixel=False),
-    "default": ExtractionConfig(detection_threshold=0.5),
-    "slim": ExtractionConfig(detection_threshold=0.5),
+    "default": ExtractionConfig(max_keypoints=2048, detection_threshold=0.0, nms_radius=2),
+    "slim": ExtractionConfig(max_keypoints=2048, detection_threshold=0.0, nms_radius=2),
 }
 
 
@@ -100,20 +113,20 @@ class _Features(NamedTuple):
 class SAMFeat(nn.Module):
     """Keypoints and descriptors of images.
 
-    The network runs in the folded form of :mod:`samfeat.student.inference`, made from ``network`` when it is first
-    needed and again whenever the weights have changed.
+    The network runs in the folded form of :mod:`samfeat.student.inference`, built from ``network`` on first use and
+    rebuilt when the weights change.
 
     Args:
         preset: ``"default"``, ``"slim"``, ``"paper"`` or ``"released"``: the network and the values of all options.
-        weights: a weights file that belongs to the preset. Without one (and without ``network``) the network is
-            untrained, the same one every time.
+        weights: a weights file matching the preset. Without one (and without ``network``) the network is untrained,
+            with the same initial weights every time.
         network: a network to use instead of the preset's.
-        **options: fields of :class:`ExtractionConfig` that differ from the preset's.
+        **options: fields of :class:`ExtractionConfig` that override the preset's.
 
     Attributes:
         network: the dense network, a torch module (:class:`samfeat.student.network.SAMFeatNetwork`).
         extraction: the :class:`ExtractionConfig` in force.
-        provenance: what the weights file says of its origin; empty without one.
+        provenance: the origin recorded in the weights file; empty without one.
 
     Raises:
         ValueError: an unknown preset or option, a value out of range, or weights of another network.
@@ -135,50 +148,62 @@ class SAMFeat(nn.Module):
         if weights is not None and network is not None:
             raise ValueError("give either weights or a network, not both")
         if weights is not None:
-            loaded = load_weights(weights)
+            loaded = load_weights(find_weights(weights))
             if _function(loaded.config) != _function(config):
                 raise ValueError(
                     f"{weights} belongs to another network than preset {preset!r} ({loaded.config}); "
                     "SAMFeat.from_pretrained builds the right one"
                 )
             network, self.provenance = loaded.network(), loaded.provenance
+        if network is None:
+            warnings.warn(
+                "SAMFeat without weights is untrained and its features are meaningless: use SAMFeat.from_pretrained()",
+                stacklevel=2,
+            )
         self.network = network or SAMFeatNetwork(config, generator=torch.Generator().manual_seed(0))
         self._folded: _Folded | None = None
         self._compile_options: dict[str, Any] | None = None
         self.eval()
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike[str], **overrides: Any) -> SAMFeat:
-        """The extractor that a weights file describes.
+    def from_pretrained(cls, weights: str | os.PathLike[str] = "samfeat", **overrides: Any) -> SAMFeat:
+        """Load a trained extractor: one shipped with the package, or one from a weights file.
 
         Args:
-            path: a file written by :meth:`save`, or the authors' released ``.pt`` state dict (preset ``"released"``).
-            **overrides: fields of :class:`ExtractionConfig` that differ from those in the file.
+            weights: the name of a shipped student, a file written by :meth:`save`, the authors' released ``.pt``
+                state dict (preset ``"released"``), or an address, see :func:`samfeat.student.weights.find_weights`.
+                Only an address causes a download.
+            **overrides: fields of :class:`ExtractionConfig` that override those in the file.
 
         Raises:
             ValueError: a damaged or foreign file, or an unknown option.
             FileNotFoundError: there is no such file.
         """
-        loaded = load_weights(path)
+        loaded = load_weights(find_weights(weights))
         options = dataclasses.asdict(EXTRACTION_PRESETS["released"]) if loaded.extraction is None else loaded.extraction
         model = cls(network=loaded.network(), **(options | overrides))
         model.provenance = loaded.provenance
         return model
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write weights, configuration, options and provenance to one safetensors file."""
-        extraction = dataclasses.asdict(self.extraction)
-        save_weights(path, self.network, extraction=extraction, provenance=self.provenance)
-
-    def compile(self, **options: Any) -> None:
-        """Compile the dense network with ``torch.compile`` when it next runs.
-
-        For many images of one size: every new size is compiled anew, which takes some ten seconds. Where compilation
-        fails (on a CPU it needs a C++ compiler), a warning says so and extraction goes on without.
+    def save(self, path: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> None:
+        """Write weights, configuration, options and provenance to one safetensors file.
 
         Args:
-            **options: those of ``torch.compile``. ``mode="reduce-overhead"`` records CUDA graphs,
-                ``mode="max-autotune"`` tries kernels as well.
+            path: the file.
+            dtype: type to round the weights to, such as ``torch.float16`` to halve the file size.
+        """
+        extraction = dataclasses.asdict(self.extraction)
+        save_weights(path, self.network, extraction=extraction, provenance=self.provenance, dtype=dtype)
+
+    def compile(self, **options: Any) -> None:
+        """Compile the dense network with ``torch.compile`` on its next run.
+
+        Useful for many images of one size: every new size is recompiled, which takes about ten seconds. If compilation
+        fails (on a CPU it needs a C++ compiler), extraction warns and continues without it.
+
+        Args:
+            **options: passed to ``torch.compile``. ``mode="reduce-overhead"`` records CUDA graphs,
+                ``mode="max-autotune"`` also benchmarks kernels.
         """
         self._compile_options, self._folded = options, None
 
@@ -191,14 +216,15 @@ class SAMFeat(nn.Module):
         """Features of one image, or of every image of a list, best first.
 
         Args:
-            image: numpy uint8 [H, W, 3] (RGB), [H, W, 4] (alpha is ignored) or [H, W] (grey); a PIL image of 8 bits a
-                channel; or a torch tensor [3, H, W] or [1, H, W], uint8 or float in [0, 1]. Or a list of such images:
-                on a GPU those of equal size run as one batch, so the list should be as long as memory allows, not
-                longer.
+            image: the path of a file, or a PIL image (both upright by their EXIF orientation, transparency over white,
+                as :func:`samfeat.load_image` reads them); numpy [H, W, 3] (RGB), [H, W, 4] (with alpha, laid over
+                white) or [H, W] (grey), uint8 or float in [0, 1]; or a torch tensor [3, H, W], [1, H, W] or
+                [1, 3, H, W], uint8 or float in [0, 1]. Or several of them: a list, or a tensor [B, 3, H, W] with B > 1.
+                On a GPU images of equal size run as one batch, so give as many as memory allows, not more.
 
         Returns:
-            A dictionary (for a list: a list of them, in its order). On the device of the network, K features (0 is a
-            normal result, and the only one below about 16 pixels):
+            A dictionary (for several images: a list of them, in their order). On the device of the network, K features
+            (0 is a normal result, and the only one below about 16 pixels):
 
             - ``"keypoints"``: float32 [K, 2], (x, y) in pixels of ``image``; (0, 0) is the centre of the top-left one;
             - ``"scores"``: float32 [K], probability in [0, 1], descending;
@@ -206,8 +232,11 @@ class SAMFeat(nn.Module):
             - ``"image_size"``: int64 [2], (width, height) of ``image``.
 
         Raises:
-            ValueError: something else than an image as above, an empty one, or one with NaN or values out of range.
+            ValueError: not an image as above, or an image that is empty or has NaN or out-of-range values.
+            OSError: the file cannot be opened.
         """
+        if isinstance(image, Tensor) and image.ndim == 4 and len(image) > 1:
+            image = list(image)
         if not isinstance(image, list | tuple):
             return self._extract_equal([as_rgb(image)])[0]
         images = [as_rgb(one) for one in image]
@@ -222,7 +251,7 @@ class SAMFeat(nn.Module):
 
     @torch.no_grad()
     def maps(self, image: Any) -> dict[str, Tensor]:
-        """The dense maps behind the features of one image, to look at.
+        """The dense maps behind the features of one image, for inspection.
 
         Args:
             image: as in :meth:`extract`.
@@ -240,7 +269,7 @@ class SAMFeat(nn.Module):
         pixels = as_rgb(image)
         size = _network_size(pixels.shape[0]), _network_size(pixels.shape[1])
         if 0 in size:
-            raise ValueError(f"an image of {pixels.shape[0]} x {pixels.shape[1]} pixels is too small: 16 x 16 is least")
+            raise ValueError(f"the image is too small: {pixels.shape[0]} x {pixels.shape[1]}, minimum 16 x 16 pixels")
         pixels = cv2.resize(pixels, (size[1], size[0]), interpolation=cv2.INTER_LINEAR)
         found = self._fold().run(torch.from_numpy(pixels)[None].to(next(self.network.parameters()).device))
         maps = {"heatmap": found.logits.sigmoid()[0], "attention": found.attention[0, 0], "edges": found.edges[0, 0]}
@@ -300,7 +329,7 @@ class SAMFeat(nn.Module):
         return [_Features(p, s, d.float()) for p, s, d in zip(rescaled, scores, descriptors, strict=True)]
 
     def _fold(self) -> _Folded:
-        """The folded network of the weights as they are now."""
+        """The folded network of the current weights."""
         parameters = list(self.network.parameters())
         if self._folded is None or not self._folded.holds(parameters):
             dtype = parameters[0].dtype
@@ -312,7 +341,7 @@ class SAMFeat(nn.Module):
 
 
 class _Folded:
-    """A folded network, and which weights it was made from."""
+    """A folded network and the weights it was built from."""
 
     def __init__(self, network: InferenceNetwork, parameters: Sequence[Tensor], options: dict[str, Any] | None) -> None:
         self.network = network
@@ -327,13 +356,13 @@ class _Folded:
         )
 
     def run(self, pixels: Tensor) -> Maps:
-        """Maps of uint8 or float [B, H, W, 3]; compiled where that was asked for and works."""
+        """Maps of uint8 or float [B, H, W, 3]; compiled if requested and possible."""
         if self.compiled is not None:
             try:
                 return self.compiled(pixels)
             except RuntimeError as error:
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
-                warnings.warn(f"torch.compile failed ({reason}): extraction goes on without it", stacklevel=2)
+                warnings.warn(f"torch.compile failed ({reason}): extraction continues without it", stacklevel=2)
                 self.compiled = None
         return self.network(pixels)
 
@@ -350,7 +379,7 @@ def _pyramid(pixels: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _network_size(length: int) -> int:
-    """Nearest multiple of 16, of two equally near the even one."""
+    """Nearest multiple of 16; ties go to the even one."""
     return round(length / SIZE_MULTIPLE) * SIZE_MULTIPLE
 
 

@@ -1,11 +1,11 @@
-"""The network as it runs when features are extracted: the function of ``network.py`` in fewer operations.
+"""The network as used for extraction: computes the same as ``network.py`` in fewer operations.
 
 - The scale of the image is part of the first convolution: bfloat16 holds I - 127.5 exactly, but not 2 I / 255 - 1.
-- On a CPU the full resolution is computed in strips of rows: nothing of it stays in memory but what is needed later.
-- A detection head is a matrix product at every pixel, whose nine outputs are shifted and added; its place in the fused
-  heat-map is part of its weights. These sums are float32 in every precision: rounding them moves keypoints.
-- Query, key and value of the row attention are one matrix product, which leaves them channel by channel, as needed.
-- Descriptors are computed where they are asked for: bilinear sampling and the 3 x 3 descriptor convolution commute.
+- On a CPU the full resolution is computed in strips of rows, keeping only what is needed later in memory.
+- A detection head is a matrix product at every pixel, whose nine outputs are shifted and added; its share of the fused
+  heat-map is folded into its weights. These sums are float32 in every precision: rounding them moves keypoints.
+- Query, key and value of the row attention are one matrix product, which returns them channel by channel, as needed.
+- Descriptors are computed only at the keypoints: bilinear sampling and the 3 x 3 descriptor convolution commute.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from samfeat.student.network import (
     sampling_grid,
 )
 
-STRIP_BYTES = 20 << 20  # below 32 MiB the C library gives freed memory out again; above, every page is cleared anew
+STRIP_BYTES = 20 << 20  # below 32 MiB the C library reuses freed memory; above, every page is cleared again
 ATTENTION_BLOCKS = 3  # of channels, one after the other on a CPU, for the same reason
-POINTS_AT_ONCE = 2048  # whose neighbourhoods are gathered together
+POINTS_AT_ONCE = 2048  # points whose neighbourhoods are gathered together
 DENSE_SHARE = 0.4  # points per cell of the descriptor map above which the whole map costs less
 
 
 class Maps(NamedTuple):
-    """What keypoints and descriptors are read from (h = H // 4, w = W // 4).
+    """The maps from which keypoints and descriptors are extracted (h = H // 4, w = W // 4).
 
     Attributes:
-        logits: detection logit with the edges' share [B, H, W], float32.
-        features: what the descriptor head sees [B, C, h, w].
+        logits: detection logit [B, H, W] including the edge gain, float32.
+        features: input of the descriptor head [B, C, h, w].
         attention: attention map [B, 1, h, w], float32, positive.
         edges: edge probability [B, 1, h, w], float32.
     """
@@ -51,10 +51,10 @@ class Maps(NamedTuple):
 
 
 class InferenceNetwork(nn.Module):
-    """A trained network, folded for inference. It copies the weights: build it again when they change.
+    """A trained network, folded for inference. It copies the weights: rebuild it when they change.
 
     Args:
-        network: the network; it is left alone.
+        network: the network; it is not modified.
         dtype: arithmetic of the convolutions and of the attention.
         edge_gain: multiple of the edge probability that is added to the detection logit.
     """
@@ -87,6 +87,7 @@ class InferenceNetwork(nn.Module):
         self.conv4a, self.conv4b = layout(network.conv4a), layout(network.conv4b)
         self.dist_conv_feat, self.dist_conv_fushion = layout(network.dist_conv_feat), layout(network.dist_conv_fushion)
         self.conv_edg, self.conv_des = layout(network.conv_edg), layout(network.conv_des)
+        self.conv_bottleneck = None if network.conv_bottleneck is None else layout(network.conv_bottleneck)
         self.scalemap = copy.deepcopy(network.scalemap).to(self.exact)
 
         heads = [network.get_submodule(f"heatmap{level}") for level in (1, 2, 3, 4)]
@@ -109,7 +110,7 @@ class InferenceNetwork(nn.Module):
         self.requires_grad_(False).eval()
 
     def forward(self, pixels: UInt8[Tensor, "b h w 3"] | Float[Tensor, "b h w 3"]) -> Maps:
-        """All that is needed of a batch of images.
+        """Compute the maps of a batch of images.
 
         Args:
             pixels: RGB in [0, 255]. Height and width are multiples of 8.
@@ -143,13 +144,14 @@ class InferenceNetwork(nn.Module):
             others = features[:, : -c4.shape[1]].sum(dim=1, keepdim=True, dtype=self.exact)
             plain = resize(backbone_c4, quarter).sum(dim=1, keepdim=True, dtype=self.exact)
             source = (others + plain) / features.shape[1]
-        return Maps(logits, fused, F.softplus(self.scalemap(source)), edges)
+        narrowed = fused if self.conv_bottleneck is None else _relu(self.conv_bottleneck, fused)
+        return Maps(logits, narrowed, F.softplus(self.scalemap(source)), edges)
 
     def _full_resolution(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The first head's logits [B, H, W], c1 halved by maxima, c1 at 1/4 resolution.
+        """The first head's logits [B, H, W], max-pooled c1 at 1/2 resolution, c1 at 1/4 resolution.
 
-        In strips of rows with a halo of two, one for each of the two convolutions: what the false border of a strip
-        reaches is cut off.
+        Computed in strips of rows with a halo of two, one row for each of the two convolutions; rows affected by a
+        strip's artificial border are cut off.
         """
         batch, _, height, width = images.shape
         canvas = images.new_zeros((batch, height + 2, width + 2), dtype=self.exact)
@@ -204,7 +206,7 @@ class InferenceNetwork(nn.Module):
         """Descriptors, not normalised, at points of every image of a batch.
 
         Args:
-            maps: what :meth:`forward` gave.
+            maps: result of :meth:`forward`.
             points: for every image float [n, 2], (x, y) in image pixels.
             image_size: (height, width) of the images.
             convention: see :func:`samfeat.student.network.sample`.
@@ -254,7 +256,7 @@ def _relu(convolution: nn.Module, maps: Tensor) -> Tensor:
 
 
 def _shift_into(canvas: Tensor, products: Tensor) -> None:
-    """Adds [B, 9, h, w] tap products to a canvas [B, h + 2, w + 2], each where its tap looks at."""
+    """Add [B, 9, h, w] tap products to a canvas [B, h + 2, w + 2], each shifted to its tap's position."""
     height, width = products.shape[2:]
     for tap in range(9):
         y, x = 2 - tap // 3, 2 - tap % 3
@@ -262,7 +264,7 @@ def _shift_into(canvas: Tensor, products: Tensor) -> None:
 
 
 def _shift_and_add(products: Tensor) -> Tensor:
-    """The 3 x 3 convolution [B, h, w] whose tap products are given."""
+    """The 3 x 3 convolution [B, h, w] from its tap products."""
     batch, _, height, width = products.shape
     canvas = products.new_zeros((batch, height + 2, width + 2))
     _shift_into(canvas, products)

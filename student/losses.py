@@ -1,20 +1,23 @@
-"""The losses of the paper as pure functions: batched tensors in, one scalar tensor out.
+"""The losses of the paper as pure functions of batched tensors, and their configuration.
 
-They hold no state, never wait for the device, and are safe where nothing takes part: an image without valid points,
-pairs or pixels adds nothing, and where that is so for every image the loss is 0 with a gradient of 0. Targets that do
-not apply to an image (those of a warped view, for one) are switched off by its mask or its groups, not by a shorter
-batch.
+They never wait for the device. An image without valid points, pairs or pixels contributes nothing; if that holds for
+every image, the loss is 0 and so is its gradient. Targets that do not apply to an image, such as those of a warped
+view, are switched off by its mask or its groups, not by a shorter batch.
 
-Every loss comes to one value an image first. How these become one scalar is the ``reduction``, a function of the values
-and of which images take part: :func:`mean_over_images`, or a mean over the images of several processes.
+A loss is first computed per image; ``reduction`` then turns these values and a mask of the images that take part into a
+scalar: :func:`mean_over_images`, or a mean over the images of several processes.
 
-Half precision inputs are widened to float32 here, whatever autocast says; float64 stays float64. Relation distillation
-(equations 7 and 8) lives in :mod:`samfeat.student.relation`.
+Half precision inputs are widened to float32, regardless of autocast; float64 stays float64. Relation distillation
+(equations 7 and 8) is in :mod:`samfeat.student.relation`.
+
+To change a loss, edit its function and its options in :class:`LossConfig`, both here; a new term also needs its line in
+:func:`samfeat.pipelines.training.objective.losses`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -22,8 +25,11 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
-DetectionForm = Literal["released", "paper"]
-WscForm = Literal["released", "masked_infonce", "mean_softplus"]
+CrossEntropyForm = Literal["released", "paper"]  # of detection_loss
+DetectionForm = Literal["released", "paper", "peaks"]
+DescriptorForm = Literal["triplet", "contrastive"]
+RelationForm = Literal["eq8", "unweighted", "features"]
+WscForm = Literal["mean_softplus", "masked_infonce", "released"]
 EdgeForm = Literal["mse", "l1"]
 EdgePooling = Literal["bilinear", "area", "max"]
 Reduction = Callable[[Tensor, Tensor], Tensor]  # values [b], whether they take part [b] -> a scalar
@@ -32,6 +38,67 @@ _LOG_FLOOR = 1e-4  # inside the logarithms of the released detection loss
 _MIN_SQUARED_DISTANCE = 1e-5  # keeps the derivative of the square root finite
 _EXCLUDED = 10.0  # added to the distance of a pair that must not serve as a negative
 _NEVER = -1e9  # a score whose exponential is 0, finite so that its gradient is too
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Forms, constants and weights of the losses (paper eq. 1-14; weights are all 1 there).
+
+    The functions below take their defaults from here.
+
+    Attributes:
+        detection, descriptor, relation, edge, wsc: weights of the five terms; 0 leaves a term out.
+        distillation: weight of the teacher's descriptors as targets, not in the paper; 0 leaves them out. For teachers
+            whose embedding is a descriptor of the student's length, such as ``aliked``.
+        positive_weight: lambda of eq. 1.
+        detection_form: ``released`` (1e-4 inside the logarithms, which damps a saturated start), ``paper`` (D18), or
+            ``peaks`` (labels to a fraction of a pixel, and a softmax around each of them).
+        deep_supervision: every detection head is supervised as well as the fused map (D6; not with ``peaks``).
+        descriptor_form: ``triplet`` (eq. 4-6) or ``contrastive`` (cross-entropy over the dot products that matching
+            ranks).
+        contrastive_temperature: temperature of ``contrastive``.
+        descriptor_temperature: T of eq. 6 (D7).
+        descriptor_margin: the 1 of eq. 6.
+        negative_radius: pixels within which points are not used as negatives (the released code: 16).
+        both_directions: anchors from both images of a pair instead of the left one only (D19).
+        relation_form: ``eq8`` (attention-weighted), ``unweighted`` (what the released code computes: its attention
+            cancels, D10), or ``features`` (DSFD of Table V).
+        wsc_form: ``mean_softplus`` (what the text of III-C means), ``masked_infonce``, or ``released`` (D12, D13).
+        wsc_margin, wsc_temperature: M and T of eq. 11.
+        background_is_group: pixels under no mask form a group of their own (D24).
+        edge_form: ``mse`` or ``l1``, both means (D8).
+        edge_pooling: how the target is reduced to quarter resolution (D4).
+
+    Raises:
+        ValueError: every weight is 0.
+    """
+
+    detection: float = 1.0
+    descriptor: float = 1.0
+    relation: float = 1.0
+    edge: float = 1.0
+    wsc: float = 1.0
+    distillation: float = 0.0
+    positive_weight: float = 200.0
+    detection_form: DetectionForm = "paper"
+    deep_supervision: bool = False
+    descriptor_form: DescriptorForm = "contrastive"
+    contrastive_temperature: float = 0.1
+    descriptor_temperature: float = 15.0
+    descriptor_margin: float = 1.0
+    negative_radius: float = 16.0
+    both_directions: bool = True
+    relation_form: RelationForm = "eq8"
+    wsc_form: WscForm = "mean_softplus"
+    wsc_margin: float = 0.07
+    wsc_temperature: float = 5.0
+    background_is_group: bool = False
+    edge_form: EdgeForm = "mse"
+    edge_pooling: EdgePooling = "max"
+
+    def __post_init__(self) -> None:
+        if not any((self.detection, self.descriptor, self.relation, self.edge, self.wsc, self.distillation)):
+            raise ValueError("losses: every weight is 0, nothing is left to train: set losses.descriptor=1 or another")
 
 
 def mean_over_images(values: Float[Tensor, " b"], used: Bool[Tensor, " b"]) -> Float[Tensor, ""]:
@@ -44,8 +111,8 @@ def detection_loss(
     labels: Tensor,
     mask: Tensor,
     *,
-    positive_weight: float = 200.0,
-    form: DetectionForm = "released",
+    positive_weight: float = LossConfig.positive_weight,
+    form: CrossEntropyForm = "paper",
     reduction: Reduction = mean_over_images,
 ) -> Float[Tensor, ""]:
     """Weighted binary cross-entropy between a keypoint heat map and its labels (equations 1 and 2).
@@ -58,7 +125,7 @@ def detection_loss(
         form: ``released`` has 1e-4 inside the logarithms, divides by one pixel too many and averages over all images,
             as the released code; ``paper`` is the stable cross-entropy, averaged over the pixels of the mask.
     """
-    _check(form, DetectionForm, "detection form")
+    _check(form, CrossEntropyForm, "detection form")
     logits = widen(logits[:, 0])
     labels, mask = labels.to(logits.dtype), mask.to(logits.dtype)
     if form == "released":
@@ -73,15 +140,90 @@ def detection_loss(
     return masked_mean(entropy, mask, reduction)
 
 
+def peak_detection_loss(
+    logits: Float[Tensor, "b 1 h w"],
+    keypoints: Float[Tensor, "b k 3"],
+    mask: Tensor,
+    *,
+    positive_weight: float,
+    radius: int = 2,
+    reduction: Reduction = mean_over_images,
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """How certain a heat map is of keypoints, and how exactly it peaks at them.
+
+    Not in the paper, whose labels are whole pixels with a weight of 200 (equation 1). With that weight a pixel that is
+    a keypoint one time in twenty gets a probability of 0.9, so that edges light up like corners, and no term says where
+    the peak must be. Here a label is spread over the four pixels around it, by bilinear shares, and
+
+    - *certainty* is a cross-entropy with a small positive weight, per label:
+      (sum_p w_p log(1 / s_p) + sum_p (1 - y_p) log(1 / (1 - s_p)) / positive_weight) / sum_p w_p, with s the sigmoid of
+      the logits, y the shares and w the shares times the labels' scores;
+    - *position* is the cross-entropy between the softmax over the window of 2 ``radius`` + 1 pixels around a label and
+      the label's shares, weighted by the scores (as the peaks of ALIKE, Zhao et al. 2022, but supervised).
+
+    Args:
+        logits: heat map before the sigmoid.
+        keypoints: labels (x, y, score) with subpixel positions; score 0 means no label.
+        mask: weight of each pixel in [0, 1], [b, h, w]; 0 where nothing is known.
+        positive_weight: of a label against a pixel without one.
+        radius: pixels.
+        reduction: of the values of single images.
+
+    Returns:
+        certainty and position.
+    """
+    logits = widen(logits[:, 0])
+    batch, height, width = logits.shape
+    mask = mask.to(logits.dtype)
+    corner = keypoints[..., :2].floor()
+    share = keypoints[..., :2] - corner
+    column, row = corner.long().unbind(-1)
+    known = (column >= 0) & (row >= 0) & (column < width - 1) & (row < height - 1)
+    column, row = column.clamp(0, width - 2), row.clamp(0, height - 2)
+    scores = keypoints[..., 2] * known
+    shares = torch.stack(
+        [
+            (1 - share[..., 0]) * (1 - share[..., 1]),
+            share[..., 0] * (1 - share[..., 1]),
+            (1 - share[..., 0]) * share[..., 1],
+            share[..., 0] * share[..., 1],
+        ],
+        dim=2,
+    )
+    index = torch.stack([(row + dy) * width + column + dx for dy in (0, 1) for dx in (0, 1)], dim=2).flatten(1)
+    labels, weights = (torch.zeros(batch, height * width, device=logits.device) for _ in range(2))
+    labels.scatter_add_(1, index, (shares * (scores > 0)[..., None]).flatten(1)).clamp_(max=1)
+    weights.scatter_add_(1, index, (shares * scores[..., None]).flatten(1))
+    flat, seen = logits.flatten(1), mask.flatten(1)
+    weights = weights * seen
+    positive = (weights * F.softplus(-flat)).sum(1)
+    negative = ((1 - labels) * seen * F.softplus(flat)).sum(1) / positive_weight
+    amount = weights.sum(1)
+    certainty = (positive + negative) / torch.maximum(amount, seen.sum(1) / 1000).clamp(min=1)
+
+    x, y = keypoints[..., :2].round().long().unbind(-1)
+    inside = (x >= radius) & (y >= radius) & (x < width - radius) & (y < height - radius)
+    x, y = x.clamp(radius, width - 1 - radius), y.clamp(radius, height - 1 - radius)
+    steps = torch.arange(-radius, radius + 1, device=logits.device)
+    window = ((y[..., None, None] + steps[:, None]) * width + x[..., None, None] + steps).flatten(2)
+    around = flat.gather(1, window.flatten(1)).view(window.shape).log_softmax(2)
+    from_x = (keypoints[..., 0, None] - x[..., None] - steps).abs()
+    from_y = (keypoints[..., 1, None] - y[..., None] - steps).abs()
+    wanted = ((1 - from_y).clamp(min=0)[..., :, None] * (1 - from_x).clamp(min=0)[..., None, :]).flatten(2)
+    usable = scores * inside * seen.gather(1, window.flatten(1)).view(window.shape).amin(2)
+    position = masked_mean(-(wanted * around).sum(2), usable, reduction)
+    return reduction(certainty, torch.ones_like(certainty, dtype=torch.bool)), position
+
+
 def excluded_negatives(
-    points1: Float[Tensor, "b n 2"], valid: Bool[Tensor, "b n"], *, radius: float = 16.0
+    points1: Float[Tensor, "b n 2"], valid: Bool[Tensor, "b n"], *, radius: float = LossConfig.negative_radius
 ) -> Bool[Tensor, "b n n"]:
     """Which points of the right image must not serve as a negative of which correspondence.
 
     Args:
         points1: points (x, y) of the right image in pixels; point i belongs to correspondence i.
         valid: whether the correspondence holds.
-        radius: pixels; points this close in the right image, the point itself included, are not told apart.
+        radius: pixels; points this close in the right image, including the point itself, are no negatives.
 
     Returns:
         True at [b, i, j] where right point j is no negative for anchor i: too close to right point i, or invalid.
@@ -99,8 +241,8 @@ def descriptor_loss(
     valid: Bool[Tensor, "b n"],
     excluded: Bool[Tensor, "b n n"],
     *,
-    temperature: float = 15.0,
-    margin: float = 1.0,
+    temperature: float = LossConfig.descriptor_temperature,
+    margin: float = LossConfig.descriptor_margin,
     reduction: Reduction = mean_over_images,
 ) -> Float[Tensor, ""]:
     """Attention-weighted triplet loss with the hardest negative (equations 4 to 6).
@@ -138,15 +280,15 @@ def contrastive_descriptor_loss(
     valid: Bool[Tensor, "b n"],
     excluded: Bool[Tensor, "b n n"],
     *,
-    temperature: float = 0.1,
+    temperature: float = LossConfig.contrastive_temperature,
     reduction: Reduction = mean_over_images,
 ) -> Float[Tensor, ""]:
     """Cross-entropy of finding the right point of image 1 by the dot products that matching ranks.
 
     Not in the paper. The triplet loss compares attention-weighted descriptors by their distance, matching by their dot
-    product; this one trains the very numbers that are matched: row i of the similarities y0_i . y1_j / temperature,
+    product; this loss trains the dot products themselves: row i of the similarities y0_i . y1_j / temperature,
     with y = attention x descriptor, is a softmax over all points j of image 1, and -log of entry i is its loss. Every
-    negative takes part, not the hardest alone, so that it learns from the first step on.
+    negative takes part instead of the hardest only, so that it learns from the first step.
 
     One direction, as :func:`descriptor_loss`; shapes and ranges are the same.
 
@@ -168,10 +310,10 @@ def wsc_loss(
     groups: Int[Tensor, "b n"],
     excluded: Bool[Tensor, "b n n"],
     *,
-    form: WscForm = "mean_softplus",
-    margin: float = 0.07,
-    temperature: float = 5.0,
-    background_is_group: bool = False,
+    form: WscForm = LossConfig.wsc_form,
+    margin: float = LossConfig.wsc_margin,
+    temperature: float = LossConfig.wsc_temperature,
+    background_is_group: bool = LossConfig.background_is_group,
     reduction: Reduction = mean_over_images,
 ) -> Float[Tensor, ""]:
     """Weakly supervised contrast between the semantic groups of one image (equations 9 to 11).
@@ -220,13 +362,39 @@ def wsc_loss(
     return masked_mean(F.softplus(far - near), counted, reduction)
 
 
+def distillation_loss(
+    descriptors: Float[Tensor, "b n c"],
+    targets: Float[Tensor, "b n c"],
+    valid: Bool[Tensor, "b n"],
+    *,
+    reduction: Reduction = mean_over_images,
+) -> Float[Tensor, ""]:
+    """How far descriptors are from a teacher's, 1 - cosine, in [0, 2].
+
+    Not in the paper. The targets are those of the view that the teacher saw, however the student's own is warped and
+    lit, so that they teach what to tell apart and what not to.
+
+    Args:
+        descriptors: unit descriptors of the student.
+        targets: the teacher's embedding at the same points, of any norm.
+        valid: which points count.
+
+    Raises:
+        ValueError: descriptors and targets differ in shape.
+    """
+    if descriptors.shape != targets.shape:
+        raise ValueError(f"descriptors {list(descriptors.shape)} and targets {list(targets.shape)} differ in shape")
+    cosine = (widen(descriptors) * F.normalize(widen(targets), dim=-1)).sum(-1)
+    return masked_mean(1 - cosine, valid, reduction)
+
+
 def edge_loss(
     predicted: Float[Tensor, "b 1 h w"],
     target: UInt8[Tensor, "b H W"],
     valid: Bool[Tensor, "b H W"] | None = None,
     *,
-    form: EdgeForm = "mse",
-    pooling: EdgePooling = "bilinear",
+    form: EdgeForm = LossConfig.edge_form,
+    pooling: EdgePooling = LossConfig.edge_pooling,
     reduction: Reduction = mean_over_images,
 ) -> Float[Tensor, ""]:
     """Distance between the student's edge map and the teacher's (equation 12).
@@ -237,7 +405,7 @@ def edge_loss(
         valid: pixels whose target holds; None for all. A cell counts where every target pixel that it reads is valid.
         form: ``mse`` as the released code, or ``l1`` as the paper, but as a mean: the paper's sum over the image would
             outweigh every other loss ten thousandfold.
-        pooling: how the target comes down to the size of ``predicted``: ``bilinear`` without antialias as the released
+        pooling: how the target is reduced to the size of ``predicted``: ``bilinear`` without antialias as the released
             code, which loses half of all one-pixel lines, or ``area`` or ``max``, which lose none.
     """
     _check(form, EdgeForm, "edge form")

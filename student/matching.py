@@ -20,16 +20,16 @@ def match(
 ) -> dict[str, Tensor]:
     """Pairs of features that are each other's best by the dot product of their descriptors.
 
-    The descriptors are taken as they come: attention-weighted ones, as the released evaluation matches them, let a
-    feature of high attention win over one of low attention; unit ones give cosine matching. Of equal candidates the
-    first wins. It holds ``BLOCK_ELEMENTS`` similarities at a time (16 MiB), whatever the numbers of features.
+    Descriptors are used as they are. With attention-weighted ones, as in the released evaluation, features of high
+    attention win over those of low attention; unit ones give cosine matching. The first of equal candidates wins. At
+    most ``BLOCK_ELEMENTS`` similarities (16 MiB) are held at a time, whatever the number of features.
 
     Args:
-        features0: what ``SAMFeat.extract`` returned for an image; of it ``"descriptors"``, [N, D], torch or numpy.
+        features0: result of ``SAMFeat.extract`` for one image; uses ``"descriptors"``, [N, D], torch or numpy.
         features1: the same for another image, [M, D].
         ratio: keep a match only if its Euclidean distance is below ``ratio`` times that from the same feature of image
-            0 to its second best in image 1 (0.8 is common; Lowe, IJCV 2004, section 7.1). It takes **unit**
-            descriptors: ``cosine=True``, or features that were extracted with ``weighted_descriptors=False``.
+            0 to its second best in image 1 (0.8 is common; Lowe, IJCV 2004, section 7.1). It requires **unit**
+            descriptors: ``cosine=True``, or features extracted with ``weighted_descriptors=False``.
         cosine: divide the descriptors by their length first.
 
     Returns:
@@ -44,7 +44,7 @@ def match(
         raise ValueError(f"ratio must lie in (0, 1] or be None, got {ratio}")
     descriptors0, descriptors1 = _descriptors(features0, "features0"), _descriptors(features1, "features1")
     if descriptors0.shape[1] != descriptors1.shape[1]:
-        raise ValueError(f"descriptors must be of one width, got {descriptors0.shape[1]} and {descriptors1.shape[1]}")
+        raise ValueError(f"descriptors must be of one length, got {descriptors0.shape[1]} and {descriptors1.shape[1]}")
     descriptors1 = descriptors1.to(descriptors0)
     if len(descriptors0) == 0 or len(descriptors1) == 0:
         empty = torch.empty((0, 2), dtype=torch.int64, device=descriptors0.device)
@@ -61,16 +61,16 @@ def match(
         mutual &= distances < ratio**2 * seconds
     index0 = mutual.nonzero().squeeze(1)
     index1 = best.indices[index0]
-    first = torch.full_like(best.scores1, len(descriptors0), dtype=torch.int64)  # of those that are equally good
+    first = torch.full_like(best.scores1, len(descriptors0), dtype=torch.int64)  # first of equally good ones
     first.scatter_reduce_(0, index1, index0, "amin")
     index0 = index0[first[index1] == index0]
     return {"matches": torch.stack((index0, best.indices[index0]), dim=1), "scores": best.scores[index0].float()}
 
 
 class _Best(NamedTuple):
-    """For every feature of image 0 its best dot product, whose it is, and the second best; for those of image 1 theirs.
+    """Best dot product, its index and the second best for every feature of image 0; best dot product for image 1.
 
-    ``seconds`` means something only where it was asked for.
+    ``seconds`` is only meaningful if requested.
     """
 
     scores: Tensor
@@ -80,7 +80,7 @@ class _Best(NamedTuple):
 
 
 def _best(descriptors0: Float[Tensor, "n d"], descriptors1: Float[Tensor, "m d"], *, with_second: bool) -> _Best:
-    """Row by row of the similarities, in one buffer that every block of rows uses again."""
+    """Goes through the similarities row block by row block, in one reused buffer."""
     count0, count1 = len(descriptors0), len(descriptors1)
     rows = min(count0, max(1, BLOCK_ELEMENTS // count1))
     buffer = descriptors0.new_empty((rows, count1))
@@ -100,7 +100,7 @@ def _best(descriptors0: Float[Tensor, "n d"], descriptors1: Float[Tensor, "m d"]
 
 
 def _unit_length(descriptors: Float[Tensor, "n d"]) -> bool:
-    """To the digits of half precision, which files of features may have."""
+    """Whether descriptors have unit length to half precision, as feature files may be stored in it."""
     return bool(((descriptors.norm(dim=1) - 1).abs() < 1e-2).all())
 
 

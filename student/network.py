@@ -2,7 +2,7 @@
 
 Read top to bottom: configuration, network, sampling. Section and figure numbers are those of "Segment Anything Model is
 a Good Teacher for Local Feature Learning" (IEEE TIP). Where the paper and the authors' released weights differ,
-:class:`NetworkConfig` names both and :data:`PRESETS` chooses.
+:class:`NetworkConfig` offers both and :data:`PRESETS` chooses.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ Sampling = Literal["released", "exact"]
 DESCRIPTOR_DIM = 128
 EMBEDDING_DIM = 256
 ROW_ATTENTION_SCALE = 0.01  # 1 / sqrt(100 * 100), the positions of a 400 x 400 crop at 1/4; the same at every size
+STABLE_SHARES = (0.4, 0.3, 0.2, 0.1)  # of the four detection heads in the fused heat-map, the finest first
 STABLE_BIASES = {
     **dict.fromkeys(("heatmap1", "heatmap2", "heatmap3", "heatmap4"), -1.0),
     "conv_edg": math.log(0.1 / 0.9),
@@ -33,22 +34,25 @@ STABLE_BIASES = {
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """What the network computes. :data:`PRESETS` holds the sets that belong together.
+    """What the network computes. :data:`PRESETS` holds the presets.
 
     Attributes:
         edge_attention: the attention inside the edge attention guidance (section III-D.3, Fig. 6). ``"row"``: every
-            channel on its own attends between image rows, as the released weights expect; ``"pixel"``: self-attention
-            over all positions, as the paper says (quadratic in the number of pixels); ``"none"``: no guidance.
+            channel separately attends between image rows, as the released weights expect; ``"pixel"``: self-attention
+            over all positions, as in the paper (quadratic in the number of pixels); ``"none"``: no guidance.
         attention_source: the features whose mean becomes the attention map (section III-A). ``"fused"``: those after
             the edge attention guidance, as released; ``"backbone"``: c1 to c4 as they leave the backbone, as printed.
         initialisation: ``"released"``: Kaiming normal (fan out) for every convolution, which saturates the one-channel
-            heads at the start; ``"stable"``: the same, but for the one-channel heads (see ``reset_parameters``).
+            heads at the start; ``"stable"``: the same except for the one-channel heads (see ``reset_parameters``).
         sampling: how points are looked up in the maps, see :func:`sample`.
-        unused_head: keep ``conv_det``, which takes no part in the forward pass but has its place in released weights.
+        unused_head: keep ``conv_det``, which is not used in the forward pass but is part of the released weights.
         widths: channels of c1 to c4, the four resolutions of the backbone.
+        descriptor_bottleneck: channels to which a 1 x 1 convolution with a ReLU reduces the input of the 3 x 3
+            descriptor convolution; with 0 it gets all channels of c1 to c4, as published. On 240 channels it takes 40 %
+            of all arithmetic, with a bottleneck of 64 a fifth.
 
     Raises:
-        ValueError: a value that is not one of the choices.
+        ValueError: a value is not one of the choices.
     """
 
     edge_attention: EdgeAttention = "row"
@@ -57,6 +61,7 @@ class NetworkConfig:
     sampling: Sampling = "exact"
     unused_head: bool = False
     widths: tuple[int, int, int, int] = (64, 64, 128, 128)
+    descriptor_bottleneck: int = 0
 
     def __post_init__(self) -> None:
         choices = {
@@ -73,6 +78,8 @@ class NetworkConfig:
         object.__setattr__(self, "widths", tuple(self.widths))  # a list in JSON and YAML
         if len(self.widths) != 4 or not all(isinstance(n, int) and n > 0 for n in self.widths):
             raise ValueError(f"widths must be four positive numbers of channels, got {self.widths!r}")
+        if not isinstance(self.descriptor_bottleneck, int) or self.descriptor_bottleneck < 0:
+            raise ValueError(f"descriptor_bottleneck must be a number of channels, got {self.descriptor_bottleneck!r}")
 
 
 PRESETS: dict[str, NetworkConfig] = {
@@ -80,7 +87,7 @@ PRESETS: dict[str, NetworkConfig] = {
     "paper": NetworkConfig(
         edge_attention="pixel", attention_source="backbone", initialisation="released", sampling="released"
     ),
-    "default": NetworkConfig(),
+    "default": NetworkConfig(edge_attention="none", widths=(16, 32, 64, 128), descriptor_bottleneck=64),
     "slim": NetworkConfig(edge_attention="none", widths=(32, 64, 96, 128)),  # less than half the arithmetic
 }
 
@@ -97,7 +104,7 @@ def network_preset(name: str) -> NetworkConfig:
 
 
 class DenseOutput(NamedTuple):
-    """Everything the network says about a batch of H x W images (h = H // 4, w = W // 4).
+    """All outputs of the network for a batch of H x W images (h = H // 4, w = W // 4).
 
     Attributes:
         heatmap: fused detection logit [B, 1, H, W], at least float32; its sigmoid is the probability of a keypoint.
@@ -120,12 +127,12 @@ class DenseOutput(NamedTuple):
 class SAMFeatNetwork(nn.Module):
     """Backbone and heads of SAMFeat (section III-A, Fig. 3): an image in, dense maps out.
 
-    The names of the parameters, two misspelt ones included, are those of the authors' released weights, so that with
-    ``network_preset("released")`` they load strictly.
+    Parameter names, including two misspelt ones, are those of the authors' released weights, which load strictly with
+    ``network_preset("released")``.
 
     Args:
         config: what to compute.
-        generator: source of the initial weights; torch's own generator where it is ``None``.
+        generator: source of the initial weights; torch's global generator if ``None``.
     """
 
     def __init__(self, config: NetworkConfig, *, generator: torch.Generator | None = None) -> None:
@@ -140,11 +147,11 @@ class SAMFeatNetwork(nn.Module):
         self.conv3a, self.conv3b = _conv(n2, n3), _conv(n3, n3)
         self.conv4a, self.conv4b = _conv(n3, n4), _conv(n4, n4)
 
-        # Distillation head (section III-B) and the way of what it learnt back into c4.
+        # Distillation head (section III-B) and the projection of its output back into c4.
         self.dist_conv_feat = _conv(n4, EMBEDDING_DIM)
         self.dist_conv_fushion = _conv(EMBEDDING_DIM, n4)
 
-        # Detection heads, one a resolution.
+        # Detection heads, one per resolution.
         self.heatmap1, self.heatmap2 = DetectionHead(n1), DetectionHead(n2)
         self.heatmap3, self.heatmap4 = DetectionHead(n3), DetectionHead(n4)
         self.fuse_weight_1, self.fuse_weight_2 = _scalar(0.1), _scalar(0.2)
@@ -156,7 +163,10 @@ class SAMFeatNetwork(nn.Module):
         if config.edge_attention != "none":
             self.egde_module = EdgeAttentionGuidance(config.edge_attention, channels)
         self.scalemap = _conv(1, 1)
-        self.conv_des = _conv(channels, DESCRIPTOR_DIM)
+        self.conv_bottleneck = None
+        if config.descriptor_bottleneck:
+            self.conv_bottleneck = _conv(channels, config.descriptor_bottleneck, size=1)
+        self.conv_des = _conv(config.descriptor_bottleneck or channels, DESCRIPTOR_DIM)
         if config.unused_head:
             self.conv_det = _conv(channels, 1, size=1)
 
@@ -174,6 +184,9 @@ class SAMFeatNetwork(nn.Module):
           pixel in about 540 is a keypoint (200 p / (1 - p) = e^-1), some 300 in a 400 x 400 crop;
         - the edges at probability 0.1;
         - the attention at 1.
+
+        It also reverses the weights of the four heads in the fused heat-map: with the released 0.1 to 0.4 the coarse
+        heads, which cannot localise a keypoint within their cell, dominate the fine ones.
         """
         for module in self.modules():
             if isinstance(module, nn.Conv2d) and module.bias is not None:
@@ -184,6 +197,8 @@ class SAMFeatNetwork(nn.Module):
             for name, bias in STABLE_BIASES.items():
                 self.get_parameter(f"{name}.weight").normal_(std=0.01, generator=generator)
                 self.get_parameter(f"{name}.bias").fill_(bias)
+            for level, share in enumerate(STABLE_SHARES, start=1):
+                self.get_parameter(f"fuse_weight_{level}").fill_(share)
 
     def forward(self, images: Float[Tensor, "b 3 h w"]) -> DenseOutput:
         """All maps of a batch of images.
@@ -225,7 +240,8 @@ class SAMFeatNetwork(nn.Module):
         source = _concatenate(c1, c2, c3, backbone_c4) if plain else fused
         attention = F.softplus(_full_precision(self.scalemap(source.mean(dim=1, keepdim=True))))
 
-        return DenseOutput(heatmap, self.conv_des(fused), attention, distilled, edges, head_logits)
+        narrowed = fused if self.conv_bottleneck is None else F.relu_(self.conv_bottleneck(fused))
+        return DenseOutput(heatmap, self.conv_des(narrowed), attention, distilled, edges, head_logits)
 
     def _backbone(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """C1 to c4 at 1/1, 1/2, 1/4 and 1/8 of the resolution."""
@@ -239,8 +255,8 @@ class SAMFeatNetwork(nn.Module):
 class DetectionHead(nn.Conv2d):
     """A 3 x 3 convolution to a single logit, at least float32.
 
-    Computed as nine 1 x 1 convolutions whose outputs are shifted and added, the same sum in another order: torch has no
-    good kernel for a single output channel (on a CPU this takes a sixth of the time, a third in training).
+    Computed as nine 1 x 1 convolutions whose outputs are shifted and added (the same sum in a different order), because
+    torch has no good kernel for a single output channel. On a CPU this takes a sixth of the time, a third in training.
     """
 
     def __init__(self, channels: int) -> None:
@@ -256,7 +272,7 @@ class DetectionHead(nn.Conv2d):
 
 
 class EdgeAttentionGuidance(nn.Module):
-    """Attention among edge features (section III-D.3, Fig. 6): what is added to the features of the backbone.
+    """Attention among edge features (section III-D.3, Fig. 6), added to the backbone features.
 
     Args:
         kind: ``"row"`` or ``"pixel"``, see :class:`NetworkConfig`.
@@ -296,7 +312,7 @@ def sample(
     *,
     convention: Sampling,
 ) -> Float[Tensor, "b n c"]:
-    """Values of ``maps`` at ``points`` of the image that the maps describe, bilinear, with the border held.
+    """Values of ``maps`` at image ``points``, bilinear, with border values repeated outside.
 
     Args:
         maps: [B, C, h, w], any resolution.
@@ -321,7 +337,7 @@ def sample(
 def sampling_grid(
     points: Float[Tensor, "*b 2"], image_size: tuple[int, int], *, convention: Sampling
 ) -> Float[Tensor, "*b 2"]:
-    """Where ``points`` lie in a map, as ``grid_sample`` counts without ``align_corners``: its borders are -1 and 1.
+    """Position of ``points`` in a map, in ``grid_sample`` coordinates without ``align_corners``: borders at -1 and 1.
 
     Arguments as in :func:`sample`.
 
@@ -335,9 +351,9 @@ def sampling_grid(
 
 
 def normalise(descriptors: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
-    """``descriptors`` divided by their Euclidean norm, with nothing added to it.
+    """``descriptors`` divided by their Euclidean norm, without an epsilon.
 
-    Only a vector shorter than 1e-12 is treated otherwise: it stays (next to) zero instead of becoming NaN.
+    The exception is a vector shorter than 1e-12: it stays (close to) zero instead of becoming NaN.
     """
     return F.normalize(descriptors, dim=-1, eps=1e-12)
 
@@ -358,5 +374,5 @@ def _concatenate(c1: Tensor, c2: Tensor, c3: Tensor, c4: Tensor) -> Tensor:
 
 
 def _full_precision(values: Tensor) -> Tensor:
-    """At least float32: sums of logits, sigmoid and softplus keep their digits under autocast."""
+    """At least float32, so that sums of logits, sigmoid and softplus stay accurate under autocast."""
     return values.to(torch.promote_types(values.dtype, torch.float32))

@@ -1,21 +1,22 @@
 """The extractor as an ONNX model: pixels in, keypoints and descriptors out, without torch or this package.
 
-**Input** ``image``: float32 [1, 3, H, W], RGB in [0, 1], any H and W from 16.
+**Input** ``image``: float32 [B, 3, H, W], RGB in [0, 1], any number of images, any H and W from 16.
 
-**Outputs**, the first four as :meth:`samfeat.student.extractor.SAMFeat.extract` returns them, but always K rows: the K
-best keypoints, then padding where there are fewer:
+**Outputs**, the first four as :meth:`samfeat.student.extractor.SAMFeat.extract` returns them, but always K rows for an
+image: the K best keypoints, then padding where there are fewer:
 
-- ``keypoints``: float32 [K, 2], (x, y) in pixels of the input, (0, 0) being the centre of the top-left one; padding: 0;
-- ``scores``: float32 [K], probability, descending; padding: 0;
-- ``descriptors``: float32 [K, 128]; padding: 0;
-- ``valid``: bool [K], false in the padding;
-- ``heatmap``: float32 [1, 1, H', W'], detection logits, with the edges' share where the extraction adds one, where H'
+- ``keypoints``: float32 [B, K, 2], (x, y) in pixels of the input, (0, 0) being the centre of the top-left one;
+  padding: 0;
+- ``scores``: float32 [B, K], probability, descending; padding: 0;
+- ``descriptors``: float32 [B, K, 128]; padding: 0;
+- ``valid``: bool [B, K], false in the padding;
+- ``heatmap``: float32 [B, 1, H', W'], detection logits, with the edges' share where the extraction adds one, where H'
   and W' are H and W rounded to multiples of 16, the size that the network sees;
-- ``descriptor_map`` [1, 128, H'/4, W'/4], ``attention_map`` and ``edge_map`` [1, 1, H'/4, W'/4]: float32, as
+- ``descriptor_map`` [B, 128, H'/4, W'/4], ``attention_map`` and ``edge_map`` [B, 1, H'/4, W'/4]: float32, as
   :class:`samfeat.student.network.DenseOutput` describes them.
 
 The metadata of the model holds an entry ``samfeat-weights`` like that of a weights file (see
-:mod:`samfeat.student.export`), with the number of keypoints besides.
+:mod:`samfeat.student.export`), plus the number of keypoints.
 """
 
 from __future__ import annotations
@@ -29,26 +30,28 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch._higher_order_ops.while_loop import while_loop
 from torch.nn import functional as F
 
 from samfeat.student.detection import subpixel_offsets
-from samfeat.student.export import FORMAT, metadata_json, write_bytes
+from samfeat.student.export import FORMAT, metadata_json
 from samfeat.student.extractor import SIZE_MULTIPLE, SAMFeat
+from samfeat.student.files import write_bytes
 from samfeat.student.network import normalise, resize, sample
 
 if TYPE_CHECKING:
     import onnx
 
 MIN_SIDE, MAX_SIDE = SIZE_MULTIPLE, 1 << 14
+MAX_BATCH = 1 << 10  # that the trace assumes; the model itself takes more
 TOLERANCE = 1e-4  # of the maps, the scores and the descriptors
 OUTPUTS = ("keypoints", "scores", "descriptors", "valid", "heatmap", "descriptor_map", "attention_map", "edge_map")
 
 
 class Agreement(NamedTuple):
-    """How far an ONNX model and the extractor are from each other on one image.
+    """Differences between an ONNX model and the extractor on one image.
 
     Attributes:
         maps: largest difference of a map's values, in units of the largest value of that map, or of 1.
@@ -64,12 +67,12 @@ class Agreement(NamedTuple):
 
 
 def export_onnx(path: str | os.PathLike[str], extractor: SAMFeat, *, keypoints: int | None = None) -> None:
-    """Write the extractor as an ONNX model (opset 20), whole or not at all.
+    """Write the extractor as an ONNX model (opset 20), atomically.
 
-    Non-maximum suppression is the extractor's own, exactly, as a loop in the model. Equal contents give equal bytes.
+    Non-maximum suppression is exactly the extractor's, as a loop in the model. Equal contents give equal bytes.
 
     Args:
-        path: the ``.onnx`` file; one that exists is replaced.
+        path: the ``.onnx`` file; an existing one is replaced.
         extractor: network, options and provenance.
         keypoints: K; by default the extractor's ``max_keypoints``.
 
@@ -85,14 +88,18 @@ def export_onnx(path: str | os.PathLike[str], extractor: SAMFeat, *, keypoints: 
     if extractor.extraction.multiscale:
         raise ValueError("an ONNX model works at one scale: choose multiscale=False, and run it on resized images")
     model = _FixedExtractor(extractor, keypoints)
-    side = torch.export.Dim("height", min=MIN_SIDE, max=MAX_SIDE), torch.export.Dim("width", min=MIN_SIDE, max=MAX_SIDE)
+    dynamic = {
+        0: torch.export.Dim("batch", min=1, max=MAX_BATCH),
+        2: torch.export.Dim("height", min=MIN_SIDE, max=MAX_SIDE),
+        3: torch.export.Dim("width", min=MIN_SIDE, max=MAX_SIDE),
+    }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch about itself
         program = torch.onnx.export(
             model,
-            (torch.zeros(1, 3, 96, 128),),
+            (torch.zeros(2, 3, 96, 128),),
             dynamo=True,
-            dynamic_shapes={"image": {2: side[0], 3: side[1]}},
+            dynamic_shapes={"image": dynamic},
             input_names=["image"],
             output_names=list(OUTPUTS),
             verbose=False,
@@ -110,10 +117,10 @@ def export_onnx(path: str | os.PathLike[str], extractor: SAMFeat, *, keypoints: 
 
 
 def check_packages() -> None:
-    """Refuse to go on without the packages of the optional extra ``onnx``.
+    """Raise if the packages of the optional extra ``onnx`` are missing.
 
     Raises:
-        ValueError: naming those that are missing.
+        ValueError: names the missing packages.
     """
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
     if missing:
@@ -121,7 +128,7 @@ def check_packages() -> None:
 
 
 def compare(path: str | os.PathLike[str], extractor: SAMFeat, image: Float[Tensor, "3 h w"]) -> Agreement:
-    """Run an ONNX model by onnxruntime on a CPU, and the extractor it was made from, on one image in [0, 1].
+    """Compare an ONNX model, run by onnxruntime on a CPU, with its extractor on one image in [0, 1].
 
     Raises:
         ValueError: the file is not such a model, or a package is missing.
@@ -132,6 +139,7 @@ def compare(path: str | os.PathLike[str], extractor: SAMFeat, image: Float[Tenso
     try:
         session = onnxruntime.InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
         found = dict(zip(OUTPUTS, session.run(list(OUTPUTS), {"image": image[None].numpy()})))
+        found |= {key: found[key][0] for key in OUTPUTS[:4]}
     except Exception as error:  # onnxruntime's errors have no base of their own
         raise ValueError(f"{os.fspath(path)} is not an ONNX model of SAMFeat ({str(error).splitlines()[0]})") from None
     wanted = {key: values.cpu().numpy() for key, values in extractor.extract(image).items()}
@@ -159,41 +167,41 @@ class _FixedExtractor(nn.Module):
         self.network = copy.deepcopy(extractor.network).float().cpu().eval()
         self.options, self.keypoints = extractor.extraction, keypoints
 
-    def forward(self, image: Float[Tensor, "1 3 h w"]) -> tuple[Tensor, ...]:
+    def forward(self, image: Float[Tensor, "b 3 h w"]) -> tuple[Tensor, ...]:
         maps = self.dense(image)
         logits, descriptor_map, attention_map, _ = maps
         height, width = logits.shape[-2:]
         size, convention = (height, width), self.network.config.sampling
-        logits = logits[0, 0]
+        logits = logits[:, 0]
         rank = _suppressed(logits, torch.sigmoid(logits) >= self.options.detection_threshold, self.options.nms_radius)
         y, x = torch.arange(height)[:, None], torch.arange(width)
         border = self.options.border
         inside = (y >= border) & (y < height - border) & (x >= border) & (x < width - border)
-        rank, index = torch.topk(F.pad(torch.where(inside, rank, 0).flatten(), (0, self.keypoints)), self.keypoints)
+        rank, index = torch.topk(F.pad(torch.where(inside, rank, 0).flatten(1), (0, self.keypoints)), self.keypoints)
         valid = rank > 0
         index = torch.where(valid, index, 0)
         y = index // width
-        points_yx = torch.stack((y, index - y * width), dim=1)
-        points = points_yx.flip(1).float()
+        points_yx = torch.stack((y, index - y * width), dim=2)
+        points = points_yx.flip(2).float()
         if self.options.subpixel:
-            points = points + subpixel_offsets(logits, points_yx)
-        scores = torch.sigmoid(logits.flatten()[index])
-        descriptors = normalise(sample(descriptor_map, points[None], size, convention=convention)[0])
+            points = points + _offsets(logits, points_yx)
+        scores = torch.sigmoid(logits.flatten(1).gather(1, index))
+        descriptors = normalise(sample(descriptor_map, points, size, convention=convention))
         if self.options.weighted_descriptors:
-            descriptors = descriptors * sample(attention_map, points[None], size, convention=convention)[0]
+            descriptors = descriptors * sample(attention_map, points, size, convention=convention)
         points = _rescale(points, size, (image.shape[2], image.shape[3]), released=convention == "released")
         padding = ~valid
         return (
-            points.masked_fill(padding[:, None], 0),
+            points.masked_fill(padding[..., None], 0),
             scores.masked_fill(padding, 0),
-            descriptors.masked_fill(padding[:, None], 0),
+            descriptors.masked_fill(padding[..., None], 0),
             valid,
             *maps,
         )
 
     @torch.no_grad()
-    def dense(self, image: Float[Tensor, "1 3 h w"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Heat-map, descriptors, attention and edges of an image in [0, 1], at the size that the extractor chooses."""
+    def dense(self, image: Float[Tensor, "b 3 h w"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Heat-map, descriptors, attention and edges of images in [0, 1], at the size that the extractor chooses."""
         size = _network_size(image.shape[2]), _network_size(image.shape[3])
         dense = self.network(F.interpolate(image * 2 - 1, size=size, mode="bilinear", align_corners=False))
         heatmap = dense.heatmap
@@ -210,22 +218,33 @@ def _network_size(length: int) -> int:
 def _rescale(points: Tensor, size: tuple[int, int], image_size: tuple[int, int], *, released: bool) -> Tensor:
     """As the extractor does, one coordinate at a time: sizes are symbolic."""
     columns = []
-    for values, length, image_length in zip(points.unbind(1), reversed(size), reversed(image_size)):
+    for values, length, image_length in zip(points.unbind(2), reversed(size), reversed(image_size)):
         scale = image_length / length
         moved = values * scale if released else (values + 0.5) * scale - 0.5
         columns.append(moved.clamp(min=0, max=image_length - 1))
-    return torch.stack(columns, dim=1)
+    return torch.stack(columns, dim=2)
 
 
-def _suppressed(scores: Float[Tensor, "h w"], candidates: Bool[Tensor, "h w"], radius: int) -> Float[Tensor, "h w"]:
-    """:func:`samfeat.student.detection.greedy_nms` as a map: rank of the pixels it takes (more is better), 0 elsewhere.
+def _offsets(logits: Float[Tensor, "b h w"], points_yx: Int[Tensor, "b k 2"]) -> Float[Tensor, "b k 2"]:
+    """:func:`subpixel_offsets` of every image, as of one tall image: a border of repeated values keeps them apart."""
+    count, height, width = logits.shape
+    tall = F.pad(logits[:, None], (1, 1, 1, 1), mode="replicate").reshape(count * (height + 2), width + 2)
+    top = torch.arange(count)[:, None] * (height + 2)
+    places = torch.stack((points_yx[..., 0] + top + 1, points_yx[..., 1] + 1), dim=2)
+    return subpixel_offsets(tall, places.flatten(0, 1)).unflatten(0, points_yx.shape[:2])
+
+
+def _suppressed(
+    scores: Float[Tensor, "b h w"], candidates: Bool[Tensor, "b h w"], radius: int
+) -> Float[Tensor, "b h w"]:
+    """:func:`samfeat.student.detection.greedy_nms` as maps: rank of the pixels it takes (more is better), 0 elsewhere.
 
     ONNX sorts equal values by their index, which is the order that the extractor asks of a stable sort.
     """
-    order = torch.sort(torch.where(candidates, scores, -torch.inf).flatten(), descending=True).indices
-    ranks = torch.arange(order.shape[0], 0, -1, dtype=scores.dtype)
-    rank = torch.zeros_like(ranks).scatter(0, order, ranks).view_as(scores)
-    rank = torch.where(candidates, rank, 0)[None, None]
+    order = torch.sort(torch.where(candidates, scores, -torch.inf).flatten(1), dim=1, descending=True).indices
+    ranks = torch.arange(order.shape[1], 0, -1, dtype=scores.dtype).expand_as(order)
+    rank = torch.zeros_like(scores).flatten(1).scatter(1, order, ranks).view_as(scores)
+    rank = torch.where(candidates, rank, 0)[:, None]
 
     def remaining(rank: Tensor, taken: Tensor) -> Tensor:
         return (rank > 0).any()
@@ -234,17 +253,17 @@ def _suppressed(scores: Float[Tensor, "h w"], candidates: Bool[Tensor, "h w"], r
         best = torch.where(rank == _window_max(rank, radius), rank, 0)
         return torch.where(_window_max(best, radius) > 0, 0, rank), taken + best
 
-    return while_loop(remaining, take, (rank, torch.zeros_like(rank)))[1][0, 0]
+    return while_loop(remaining, take, (rank, torch.zeros_like(rank)))[1][:, 0]
 
 
-def _window_max(values: Float[Tensor, "1 1 h w"], radius: int) -> Float[Tensor, "1 1 h w"]:
+def _window_max(values: Float[Tensor, "b 1 h w"], radius: int) -> Float[Tensor, "b 1 h w"]:
     """Maximum of the square of 2 ``radius`` + 1 pixels around every pixel, of values that are not negative."""
     rows = F.max_pool2d(values, (1, 2 * radius + 1), stride=1, padding=(0, radius))
     return F.max_pool2d(rows, (2 * radius + 1, 1), stride=1, padding=(radius, 0))
 
 
 def _strip(proto: onnx.ModelProto) -> None:
-    """Remove what the exporter notes about every node and value: stack traces, with paths of this machine."""
+    """Remove the exporter's metadata of every node and value: stack traces with paths on this machine."""
 
     def clean(graph: Any) -> None:
         for group in (graph.node, graph.value_info, graph.input, graph.output, graph.initializer):

@@ -1,9 +1,9 @@
-"""Detector labels by homographic adaptation: an image and any detector -> points that survive changes of view.
+"""Detector labels by homographic adaptation: an image and any detector -> points that are stable across views.
 
-DeTone et al. 2018 (SuperPoint), section 5: a detector is run on many warped copies of an image, and a point counts for
-as much as the copies that could see it say on average. A copy's vote is 1 for its strongest point and falls to 0 with
-the rank, so that detectors need no common scale of responses. The best points of the whole image are kept, wherever in
-the image they lie.
+DeTone et al. 2018 (SuperPoint), section 5: a detector is run on many warped copies of an image, and a point's score is
+its average vote over the copies that can see it. A copy's vote is 1 for its strongest point and falls to 0 with the
+rank, so detectors need no common response scale. The best points of the whole image are kept, regardless of where they
+are.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ _OPENCV: dict[str, Callable[[], cv2.Feature2D]] = {
 DETECTORS = tuple(_OPENCV)
 """Names that :func:`opencv_detector` knows. ``gftt`` is Shi & Tomasi's corner measure."""
 
-VOTES = 1.5  # of a view that sees the whole image, next to the labels wanted: views do not find quite the same points
+VOTES = 1.5  # votes of a full view per label wanted: views do not find exactly the same points
 VOTE_SIGMA = 1.0  # pixels; detections of one point in two views agree to about this
-QUORUM = 0.25  # a pixel that fewer views see counts as seen by this share of them
+QUORUM = 0.25  # a pixel seen by a smaller share of views counts as seen by this share
 
 
 @dataclass(frozen=True)
@@ -49,15 +49,18 @@ class LabelConfig:
     0.51. No other detector is adapted faster.
 
     Attributes:
-        detector: name of the base detector: one of ``DETECTORS``, or what the caller calls its own.
-        homographies: random views besides the image itself.
-        threshold: least score of a label; 0 to 1.
-        nms_radius: of two labels that are this close in both x and y, in pixels, the better one stays.
+        detector: name of the base detector: one of ``DETECTORS``, or the caller's name for its own.
+        weights: the weights file, if the base detector is a network.
+        homographies: random views besides the image itself. With 0 the detector's own points are the labels, at its
+            own sub-pixel positions: for detectors that are already precise and repeatable.
+        threshold: minimum score of a label; 0 to 1.
+        nms_radius: of two labels this close in both x and y, in pixels, the better one is kept.
         max_keypoints: labels kept, the best of the whole image; a view has ``VOTES`` times as many votes.
-        border: detections this close to the edge of what a view sees are not believed, in pixels.
+        border: detections this close to the edge of a view's visible area are ignored, in pixels.
     """
 
     detector: str = "harris"
+    weights: str = ""
     homographies: int = 24
     threshold: float = 0.05
     nms_radius: int = 4
@@ -97,9 +100,9 @@ def adapt(image: np.ndarray, detector: Detector, config: LabelConfig, *, seed: i
 
     Args:
         image: uint8 [H, W, 3], RGB.
-        detector: what is adapted, ``opencv_detector(config.detector)`` or any other.
-        config: numbers of views and points; its ``detector`` is not looked at.
-        seed: of the random views. Equal arguments give equal labels.
+        detector: the detector to adapt, ``opencv_detector(config.detector)`` or any other.
+        config: numbers of views and points; its ``detector`` is ignored.
+        seed: seed of the random views. Equal arguments give equal labels.
 
     Returns:
         float32 [K, 3]: x, y in pixels, to a fraction of a pixel, and the score in [0, 1] (mean vote of the views that
@@ -111,6 +114,8 @@ def adapt(image: np.ndarray, detector: Detector, config: LabelConfig, *, seed: i
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"an image is uint8 [H, W, 3] in RGB, got {image.dtype} {image.shape}")
     size = image.shape[:2]
+    if config.homographies == 0:
+        return _strongest(detector(image), size, config)
     rng = np.random.default_rng(seed)
     views = [np.eye(3), *(random_homography(size, rng) for _ in range(config.homographies))]
     votes, seen = np.zeros(size, np.float32), np.zeros(size, np.float32)
@@ -124,9 +129,9 @@ def adapt(image: np.ndarray, detector: Detector, config: LabelConfig, *, seed: i
 def random_homography(size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
     """A random view of an image of ``size`` = (height, width): float64 [3, 3], pixels of the image -> of the view.
 
-    A centred frame of 0.85 of the image is bent (each corner by up to 0.15 of a half side), scaled by 0.7 to 1.4,
-    turned by up to 60 degrees and moved by up to 0.15 of a half side; it then fills a view of the same size. Milder
-    than the views that the student is trained on, since labels need points that most views can see.
+    A centred frame of 0.85 of the image is distorted (each corner by up to 0.15 of a half side), scaled by 0.7 to 1.4,
+    rotated by up to 60 degrees and shifted by up to 0.15 of a half side; it then fills a view of the same size. Milder
+    than the student's training views, since labels need points that most views can see.
     """
     corners = np.array([[-1.0, -1.0], [1.0, -1.0], [1.0, 1.0], [-1.0, 1.0]])
     half = np.array([size[1], size[0]]) / 2
@@ -144,48 +149,10 @@ def transform(points: np.ndarray, homography: np.ndarray) -> np.ndarray:
     return mapped[:, :2] / mapped[:, 2:]
 
 
-def repeatability(
-    points0: np.ndarray, points1: np.ndarray, homography: np.ndarray, size: tuple[int, int], *, radius: float = 3
-) -> float:
-    """Share of the points in the area common to two images that both images have.
-
-    As in DeTone et al. 2018, appendix A: points that the other image does not show are left out; a point is repeated
-    where the other image has a point within ``radius`` of the place it is mapped to, measured in image 1 for the points
-    of image 0 and in image 0 for those of image 1; the share is taken over the points of both.
-
-    Args:
-        points0: float [K, 2 or more], (x, y, ...) in image 0.
-        points1: float [L, 2 or more], in image 1.
-        homography: [3, 3], pixels of image 0 -> pixels of image 1.
-        size: (height, width) of both images.
-        radius: pixels.
-
-    Returns:
-        0 to 1; nan where neither image has a point in the common area.
-    """
-    from scipy.spatial import KDTree
-
-    backward = np.linalg.inv(homography)
-    limit = np.array([size[1], size[0]]) - 0.5
-
-    def shown(points: np.ndarray, onward: np.ndarray) -> np.ndarray:
-        mapped = transform(points, onward)
-        return points[((mapped >= -0.5) & (mapped < limit)).all(axis=1)]
-
-    common0, common1 = shown(points0[:, :2], homography), shown(points1[:, :2], backward)
-    if not len(common0) + len(common1):
-        return float("nan")
-    if not len(common0) or not len(common1):
-        return 0.0
-    nearest0, _ = KDTree(common1).query(transform(common0, homography))
-    nearest1, _ = KDTree(common0).query(transform(common1, backward))
-    return float(np.mean(np.concatenate([nearest0, nearest1]) <= radius))
-
-
 def _vote(
     image: np.ndarray, detector: Detector, homography: np.ndarray, config: LabelConfig
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What one view says about the image's pixels: votes in [0, 1] and visibility 0 or 1, both float32 [H, W]."""
+    """One view's votes for the image's pixels, in [0, 1], and their visibility, 0 or 1; both float32 [H, W]."""
     height, width = image.shape[:2]
     view = cv2.warpPerspective(image, homography, (width, height), borderMode=cv2.BORDER_REFLECT_101)  # no black frame
     whole = np.ones((height, width), np.uint8)
@@ -207,6 +174,22 @@ def _vote(
     np.maximum.at(votes, (row[kept], column[kept]), weight[kept])
     votes = 2 * np.pi * VOTE_SIGMA**2 * cv2.GaussianBlur(votes, (0, 0), VOTE_SIGMA)  # a lone vote keeps its height
     return np.minimum(votes, 1) * visible, visible
+
+
+def _strongest(found: np.ndarray, size: tuple[int, int], config: LabelConfig) -> np.ndarray:
+    """The best detections of one image, none within the radius of a better one: float32 [K, 3] of (x, y, score)."""
+    (height, width), radius, border = size, config.nms_radius, config.border
+    x, y = found[:, 0], found[:, 1]
+    inside = (x >= border) & (y >= border) & (x <= width - 1 - border) & (y <= height - 1 - border)
+    found = found[inside & (found[:, 2] >= config.threshold)]
+    free = np.ones(size, bool)
+    kept: list[int] = []
+    for k in np.argsort(-found[:, 2], kind="stable"):
+        column, row = np.rint(found[k, :2]).astype(int)
+        if free[row, column]:
+            free[max(0, row - radius) : row + radius + 1, max(0, column - radius) : column + radius + 1] = False
+            kept.append(int(k))
+    return found[kept[: config.max_keypoints]].astype(np.float32)
 
 
 def _best_maxima(share: np.ndarray, config: LabelConfig) -> np.ndarray:

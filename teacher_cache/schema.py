@@ -1,7 +1,7 @@
-"""What a teacher cache holds: the format's name and version, its arrays, and the values that travel through them.
+"""Schema of a teacher cache: the format's name and version, its arrays, and the values stored in them.
 
-``teacher_cache/README.md`` is the normative text; this file is its only counterpart in code. Everything here is plain
-numpy and frozen dataclasses, so that readers and writers agree without knowing each other.
+``teacher_cache/README.md`` is normative; this file is its only counterpart in code. Everything here is plain numpy and
+frozen dataclasses, so that readers and writers stay independent of each other.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -22,7 +22,7 @@ VERSION = 2
 MAX_MASKS = 1024  # masks of one image; unused slots are never written, so they cost no bytes
 MAX_KEYPOINTS = 2048  # detector labels of one image, best first
 POINTS = 400  # correspondences of one pair (20 x 20 in the paper's 400 x 400 crops)
-MASK_CHUNK = 16  # masks that are read together
+MASK_CHUNK = 16  # masks per chunk
 
 MASK_COLUMNS = ("area", "predicted_iou", "stability_score", "x", "y", "width", "height")
 """Columns of a mask table: pixels^2, [0, 1], [0, 1], and the box in pixels (left, top, width, height)."""
@@ -42,14 +42,14 @@ class Masks:
 
 
 @dataclass(frozen=True)
-class Gifts:
-    """What a teacher says about one image of H x W pixels (paper, section III-B).
+class TeacherOutput:
+    """A teacher's output for one image of H x W pixels (paper, section III-B).
 
     Attributes:
-        embedding: float32 [C, h, w], C = 256 for SAM. Covers exactly the image: a teacher that pads crops the padding
-            off. Cell (i, j) is centred on the pixel x = (j + 0.5) W / w - 0.5, y = (i + 0.5) H / h - 0.5.
+        embedding: float32 [C, h, w], C = 256 for SAM. Covers exactly the image, without padding. Cell (i, j) is centred
+            on the pixel x = (j + 0.5) W / w - 0.5, y = (i + 0.5) H / h - 0.5.
         masks: the overlapping masks.
-        groups: uint16 [H, W], one label a pixel: k + 1 where ``masks.stack[k]`` wins, 0 where there is no mask.
+        groups: uint16 [H, W], one label per pixel: k + 1 where ``masks.stack[k]`` wins, 0 where there is no mask.
         edges: uint8 [H, W], soft edge strength, 0 (none) to 255.
     """
 
@@ -59,30 +59,6 @@ class Gifts:
     edges: np.ndarray
 
 
-class Teacher(Protocol):
-    """Anything that gives :class:`Gifts` for images.
-
-    A teacher holds no state between calls and may be called from several threads at once.
-    """
-
-    @property
-    def name(self) -> str:
-        """Short name of the kind of teacher."""
-        ...
-
-    def provenance(self) -> dict[str, Any]:
-        """JSON values that identify the teacher and all of its parameters (checkpoint digest included)."""
-        ...
-
-    def embedding_shape(self, image_size: tuple[int, int]) -> tuple[int, int, int]:
-        """(C, h, w) of the embedding of an image of ``image_size`` = (height, width)."""
-        ...
-
-    def __call__(self, images: np.ndarray) -> list[Gifts]:
-        """Gifts of ``images``, uint8 [B, H, W, 3] in RGB."""
-        ...
-
-
 class Pair(NamedTuple):
     """Ground-truth correspondences between two images of a store.
 
@@ -90,7 +66,7 @@ class Pair(NamedTuple):
         images: indices (i, j) of the two images.
         points: float32 [2, n, 2], (x, y) in pixels; ``points[0, k]`` in image i is ``points[1, k]`` in image j.
         valid: bool [n], false where the correspondence failed the depth check or fell outside; its points are then
-            finite but mean nothing.
+            finite but meaningless.
     """
 
     images: tuple[int, int]
@@ -104,7 +80,7 @@ class Failure:
 
     Attributes:
         name: unique name of the crop.
-        reason: one line for people.
+        reason: one human-readable line.
     """
 
     name: str
@@ -113,14 +89,14 @@ class Failure:
 
 @dataclass(frozen=True)
 class Record:
-    """All that is stored about one image.
+    """Everything stored about one image.
 
     Attributes:
         name: unique name of the crop, such as ``scene/photo.jpg#12``.
         source_sha256: hex digest of the file that the crop was cut from.
         box: (left, top, width, height) of the crop in its source image, in source pixels.
         image: uint8 [H, W, 3], RGB.
-        gifts: the teacher's targets.
+        output: the teacher's output.
         keypoints: float32 [K, 3], detector labels (x, y, score), best first, K <= MAX_KEYPOINTS.
     """
 
@@ -128,7 +104,7 @@ class Record:
     source_sha256: str
     box: tuple[int, int, int, int]
     image: np.ndarray
-    gifts: Gifts
+    output: TeacherOutput
     keypoints: np.ndarray
 
 
@@ -174,14 +150,14 @@ class ArraySpec:
 
 @dataclass(frozen=True)
 class StoreSpec:
-    """The shape of a store: how many images and pairs, of which size, in shards of how many.
+    """The shape of a store: number and size of images and pairs, and images per shard.
 
     Attributes:
         images: number of images N.
         paired: whether images 2k and 2k + 1 form pair k with stored correspondences.
         image_size: (height, width) of every image.
         embedding: (C, h, w) of every embedding.
-        shard_images: images of one shard; even for paired stores, so that no pair is cut in two.
+        shard_images: images per shard; even for paired stores, so that no pair is split.
     """
 
     images: int
@@ -198,6 +174,12 @@ class StoreSpec:
                 f"images ({self.images}) and shard_images ({self.shard_images}) must be positive, "
                 "and even where images come in pairs"
             )
+
+    def check_types(self) -> None:
+        """Raise ``TypeError`` where a value, which may come from a damaged file, is none of what it should be."""
+        sizes = (self.images, self.shard_images, *_of_length(self.image_size, 2), *_of_length(self.embedding, 3))
+        if any(type(size) is not int or size < 1 for size in sizes) or type(self.paired) is not bool:
+            raise TypeError(f"sizes are positive integers and paired is true or false, got {self}")
 
     @property
     def pairs(self) -> int:
@@ -321,7 +303,9 @@ class StoreSpec:
                 ),
             ]
         arrays.append(
-            ArraySpec("done", (self.shards,), (1,), None, "uint8", ("shard",), "1 once everything else is written")
+            ArraySpec(
+                "done", (self.shards,), (1,), None, "uint8", ("shard",), "1 once all else is written", codec="none"
+            )
         )
         return tuple(arrays)
 
@@ -331,11 +315,11 @@ class Provenance:
     """Where a store comes from. Two runs with equal ``identity`` write the same bytes.
 
     Attributes:
-        teacher: the teacher's own account of itself.
+        teacher: the teacher's own description.
         source: the images: kind, path, parameters, digest of the list of names.
         labels: the detector labels: base detector and parameters of the homographic adaptation.
         seed: the seed of every random choice.
-        versions: package versions that took part (not part of the identity).
+        versions: versions of the packages used (not part of the identity).
     """
 
     teacher: Mapping[str, Any]
@@ -344,17 +328,28 @@ class Provenance:
     seed: int
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
+    def check_types(self) -> None:
+        """Raise ``TypeError`` where a value, which may come from a damaged file, is none of what it should be."""
+        if not all(isinstance(each, Mapping) for each in (self.teacher, self.source, self.labels, self.versions)):
+            raise TypeError("teacher, source, labels and versions are named values")
+        if type(self.seed) is not int:
+            raise TypeError(f"the seed is an integer, got {self.seed!r}")
+
     @property
     def identity(self) -> dict[str, Any]:
-        """The part that must agree before a run may continue a store."""
+        """The part that must match before a run may resume a store."""
         return {"teacher": self.teacher, "source": self.source, "labels": self.labels, "seed": self.seed}
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; the inverse is ``Provenance(**values)``."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
+    def taught_by(self, teacher: Mapping[str, Any]) -> Provenance:
+        """A copy with another teacher."""
+        return dataclasses.replace(self, teacher=teacher)
+
     def differences(self, other: Provenance) -> list[str]:
-        """One readable line for every value of the identity that differs from ``other``, the one asked for."""
+        """One readable line per value of the identity that differs from ``other``, the requested one."""
         mine, theirs = flatten(self.to_json()), flatten(other.to_json())
         keys = [key for key in sorted(mine | theirs) if not key.startswith("versions.")]
         return [
@@ -362,6 +357,12 @@ class Provenance:
             for key in keys
             if mine.get(key) != theirs.get(key)
         ]
+
+
+def _of_length(values: Any, length: int) -> tuple[Any, ...]:
+    if not isinstance(values, tuple) or len(values) != length:
+        raise TypeError(f"{length} sizes are expected, got {values!r}")
+    return values
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,10 +1,15 @@
 """Fixtures that more than one test file uses."""
 
+import os
 from functools import partial
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers of two threads each take turns on two cores
 
 import pytest
 import torch
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+from toys import toy_store
 
 CHANNELS, INPUT_SIZE, STRIDE = 32, 256, 16
 CELLS = INPUT_SIZE // STRIDE
@@ -75,6 +80,20 @@ def _centre_masks(sam: Sam) -> None:
         head.layers[-1].bias.mul_(8 / values.std())
         head.layers[-1].bias[-1] = -values.median() * 8 / values.std() / 3
     decoder.iou_prediction_head.layers[-1].bias.add_(0.75)
+
+
+@pytest.fixture(scope="session")
+def toy_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a store of six pairs of toy crops, ``a.zarr``; nobody changes it."""
+    folder = tmp_path_factory.mktemp("toy_cache")
+    toy_store(folder / "a.zarr")
+    return folder
+
+
+@pytest.fixture
+def without_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainings draw no ``curves.png``, which takes as long as three toy steps; test_report looks at it."""
+    monkeypatch.setattr("samfeat.pipelines.training.report.draw_curves", lambda path, rows: path)
 
 
 @pytest.fixture(scope="session")

@@ -8,48 +8,25 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import cv2
 import numpy as np
 import pytest
+from killable import Killable
+from killable_programs import study_on
+from toy_runs import EXTRACTION, TABLES, metrics, run_study
 from toys import toy_store
 
 import samfeat.pipelines.ablation as ablation
-from samfeat.pipelines.ablation import VALIDATION, ablate
-from samfeat.pipelines.evaluation.hpatches import evaluate_hpatches
+from samfeat.pipelines.ablation import VALIDATION
+from samfeat.pipelines.evaluate import evaluate
+from samfeat.pipelines.evaluation.hpatches import HPatches
 from samfeat.pipelines.features.methods import load_method
-from samfeat.pipelines.training.ablation_tables import Row, Table, load_ablations
+from samfeat.pipelines.training.ablation_tables import Row, Table
 
+pytestmark = pytest.mark.usefixtures("without_curves")
 KILLS = int(os.environ.get("SAMFEAT_KILLS", 4))
-SETTINGS = [
-    "optimiser.batch_size=2",
-    "optimiser.steps=3",
-    "run.precision=fp32",
-    "run.accelerator=cpu",
-    "run.log_every=1",
-    "run.validate_every=3",
-    "run.checkpoint_every=1",
-    "run.validation_images=2",
-    "run.validation_pairs=2",
-    "run.max_keypoints=40",
-]
-TABLES = {
-    "A": Table(
-        "First",
-        paper="MMA [%]",
-        rows={"whole": Row(80.0), "no wsc": Row(79.0, {"losses.wsc": 0}), "gain": Row(None, {}, {"edge_gain": 5.0})},
-    ),
-    "B": Table(
-        "Second",
-        reference="same",
-        change={"losses.wsc": 0},
-        rows={"other": Row(None, {"losses.edge": 0}), "same": Row()},
-    ),
-}
-EXTRACTION = {"detection_threshold": 0.0, "max_keypoints": 30}
 
 
 @pytest.fixture(scope="module")
@@ -71,11 +48,6 @@ def sequences(tmp_path_factory):
     return folder
 
 
-def go(cache, folder, *, tables=TABLES, **options):
-    given = dataclasses.replace(load_ablations(), tables=tables, extraction=EXTRACTION)
-    return ablate(cache, folder, **{"ablations": given, "seeds": 2, "overrides": SETTINGS} | options)
-
-
 @pytest.fixture
 def trained(monkeypatch):
     """The folders that training was asked for."""
@@ -94,16 +66,14 @@ def trained(monkeypatch):
 def study(cache, sequences, tmp_path_factory):
     folder = tmp_path_factory.mktemp("study") / "out"
     seen: list[tuple[float, int]] = []
-    summary = go(cache, folder, data=sequences, progress=lambda done, total: seen.append((done, total)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("samfeat.pipelines.training.report.draw_curves", lambda path, rows: path)
+        summary = run_study(cache, folder, data=sequences, progress=lambda done, total: seen.append((done, total)))
     return folder, summary, seen
 
 
 def table(folder, name):
     return json.loads((folder / f"{name}.json").read_text())
-
-
-def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_every_configuration_is_trained_once_a_seed(study):
@@ -138,7 +108,7 @@ def test_options_at_test_time_are_measured_on_the_same_views(study, cache, tmp_p
     rows = table(folder, "A")["rows"]
     assert rows["gain"]["figures"][VALIDATION] != rows["whole"]["figures"][VALIDATION]
     as_trained = {"A": Table("a", rows={"x": Row(), "y": Row(extraction={"edge_gain": 0.0, "max_keypoints": 40})})}
-    go(cache, tmp_path, tables=as_trained, seeds=1)
+    run_study(cache, tmp_path, tables=as_trained, seeds=1)
     x, y = (row["figures"][VALIDATION]["0"] for row in table(tmp_path, "A")["rows"].values())
     assert x == pytest.approx(y)
 
@@ -148,24 +118,24 @@ def test_sequences_are_measured_as_by_evaluate(study, sequences, tmp_path):
     row = table(folder, "A")["rows"]["gain"]
     weights = folder / "runs" / row["key"] / "seed1" / "weights.safetensors"
     method = load_method("samfeat", weights=weights, device="cpu", **EXTRACTION, edge_gain=5.0)
-    results = evaluate_hpatches(sequences, tmp_path, method=method)
+    results = evaluate(HPatches(), sequences, tmp_path, method=method)
     figures = row["figures"]["moved sequences"]["1"]
-    assert [figures[f"mma@{t}"] for t in (1, 3, 5)] == [results["mma"]["all"][t - 1] for t in (1, 3, 5)]
-    assert figures["matches"] == results["matches"]["all"] > 0
-    assert figures["keypoints"] == results["features"]["mean"] <= 30
+    assert [figures[f"mma@{t}"] for t in (1, 3, 5)] == [results.mma["all"][t - 1] for t in (1, 3, 5)]
+    assert figures["matches"] == results.matches["all"] > 0
+    assert figures["keypoints"] == results.features.mean <= 30
 
 
-def test_what_is_finished_is_not_repeated(study, cache, sequences, tmp_path, trained):
+def test_what_is_finished_is_not_repeated(study, cache, sequences, tmp_path, trained, caplog):
     first, summary, _ = study
     folder = shutil.copytree(first, tmp_path / "out")
     before = {path: path.read_bytes() for path in folder.glob("*.json")}
-    lines: list[str] = []
-    again = go(cache, folder, data=sequences, report=lines.append)
+    caplog.set_level("INFO", "samfeat")
+    again = run_study(cache, folder, data=sequences)
     assert trained == []
     assert again == dataclasses.replace(summary, report=folder / "ablations.md")
     assert {path: path.read_bytes() for path in folder.glob("*.json")} == before
-    assert "6 training runs, 6 of them finished" in lines[0]
-    go(cache, folder, data=sequences, tables={"A": TABLES["A"]}, seeds=3)
+    assert "6 training runs, 6 of them finished" in caplog.messages[0]
+    run_study(cache, folder, data=sequences, tables={"A": TABLES["A"]}, seeds=3)
     assert sorted(place.rpartition("/")[2] for place in trained) == ["seed2", "seed2"]
 
 
@@ -193,52 +163,42 @@ def test_an_interrupted_study_goes_on_where_it_stopped(study, cache, tmp_path, t
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        go(cache, tmp_path, tables={"A": TABLES["A"]}, progress=cut)
+        run_study(cache, tmp_path, tables={"A": TABLES["A"]}, progress=cut)
     (half,) = [path.parent for path in tmp_path.glob("runs/*/*/last.ckpt")]
     assert (tmp_path / "ablations.md").exists()
     trained.clear()
-    go(cache, tmp_path, tables={"A": TABLES["A"]})
+    run_study(cache, tmp_path, tables={"A": TABLES["A"]})
     assert len(trained) == 3
     assert trained[0] == str(half.relative_to(tmp_path))
     for label, row in table(tmp_path, "A")["rows"].items():
         assert row["figures"][VALIDATION] == table(folder, "A")["rows"][label]["figures"][VALIDATION], label
 
 
-@pytest.mark.slow
-def test_killed_at_random_moments(cache, tmp_path):
-    tables = {"A": TABLES["A"]}
-    program = (
-        "import sys, torch; torch.set_num_threads(1)\n"
-        "from test_ablation import TABLES, go\n"
-        f"go({str(cache)!r}, {str(tmp_path / 'cut')!r}, tables={{'A': TABLES['A']}}, "
-        "progress=lambda *done: print(done, flush=True))\n"
-    )
+@pytest.mark.parametrize("kills", [1, pytest.param(KILLS, marks=pytest.mark.slow)])
+def test_killed_at_random_moments(cache, study, tmp_path, kills):
     moments, deaths = random.Random(0), 0
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    for _ in range(KILLS):
-        process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env=environment)
-        while (line := process.stdout.readline()) and not line.startswith("("):
-            pass
+    for _ in range(kills):
+        process = Killable(study_on, cache, tmp_path)
+        process.read()
         time.sleep(moments.uniform(0, 2))
         process.kill()
         deaths += process.wait() == -signal.SIGKILL
     assert deaths
-    go(cache, tmp_path / "cut", tables=tables)
-    go(cache, tmp_path / "whole", tables=tables)
-    rows, expected = (table(tmp_path / name, "A")["rows"] for name in ("cut", "whole"))
+    run_study(cache, tmp_path, tables={"A": TABLES["A"]})
+    rows, expected = (table(folder, "A")["rows"] for folder in (tmp_path, study[0]))
     for label in rows:
         for seed, figures in rows[label]["figures"][VALIDATION].items():
             assert figures == pytest.approx(expected[label]["figures"][VALIDATION][seed])
 
 
-def test_a_row_that_fails_is_named_and_the_others_go_on(cache, tmp_path):
+def test_a_row_that_fails_is_named_and_the_others_go_on(cache, tmp_path, caplog):
     features = {"losses.relation_form": "features"}  # of 256 channels; the toy teacher has 8
     tables = {"V": Table("Five", rows={"DSFD": Row(None, features), "ASRD": Row()})}
-    lines: list[str] = []
-    summary = go(cache, tmp_path, tables=tables, seeds=1, report=lines.append)
+    caplog.set_level("INFO", "samfeat")
+    summary = run_study(cache, tmp_path, tables=tables, seeds=1)
     (reason,) = summary.failures.values()
     assert "256 channels" in reason
-    assert any("all others go on" in line for line in lines)
+    assert "the others continue" in caplog.text
     assert table(tmp_path, "V")["rows"]["ASRD"]["figures"][VALIDATION].keys() == {"0"}
     assert "| DSFD (failed) |" in summary.report.read_text()
 
@@ -247,7 +207,7 @@ def test_step_times_are_taken_in_turns(cache, tmp_path, trained, monkeypatch):
     for name, value in {"ROUNDS": 2, "WARM_STEPS": 1, "TIMED_STEPS": 2}.items():
         monkeypatch.setattr(ablation, name, value)
     tables = {"T": Table("Time", "step_time", "hours", rows={"all": Row(6.0), "less": Row(3.0, {"losses.wsc": 0})})}
-    summary = go(cache, tmp_path, tables=tables)
+    summary = run_study(cache, tmp_path, tables=tables)
     assert summary.runs == 0
     assert trained[:2] == trained[2:]
     assert len(set(trained)) == 2
@@ -257,22 +217,22 @@ def test_step_times_are_taken_in_turns(cache, tmp_path, trained, monkeypatch):
         assert min(min(steps) for steps in row["seconds"]) > 0
     assert sorted(path.name for path in (tmp_path / "times").glob("*/*")) == ["round0.json"] * 2 + ["round1.json"] * 2
     trained.clear()
-    go(cache, tmp_path, tables=tables)
+    run_study(cache, tmp_path, tables=tables)
     assert trained == []
 
 
 def test_what_cannot_be_done_is_refused_before_anything_is_trained(cache, tmp_path, trained):
     with pytest.raises(ValueError, match="unknown table 'C': there are A, B"):
-        go(cache, tmp_path, names=["C"])
+        run_study(cache, tmp_path, names=["C"])
     with pytest.raises(ValueError, match=r"did you mean 'optimiser\.steps'"):
-        go(cache, tmp_path, overrides=["optimiser.step=1"])
+        run_study(cache, tmp_path, overrides=["optimiser.step=1"])
     with pytest.raises(ValueError, match=r"run\.seed cannot be changed here"):
-        go(cache, tmp_path, overrides=["run.seed=3"])
+        run_study(cache, tmp_path, overrides=["run.seed=3"])
     with pytest.raises(ValueError, match="at least 1, got 0"):
-        go(cache, tmp_path, seeds=0)
+        run_study(cache, tmp_path, seeds=0)
     with pytest.raises(ValueError, match="holds no sequence"):
-        go(cache, tmp_path, data=cache)
+        run_study(cache, tmp_path, data=cache)
     toy_store(tmp_path / "few" / "a.zarr", 2, paired=False)
     with pytest.raises(ValueError, match="too few images"):
-        go(tmp_path / "few", tmp_path)
+        run_study(tmp_path / "few", tmp_path)
     assert trained == []

@@ -8,6 +8,8 @@ from toys import toy_store
 from samfeat.pipelines.config import CONFIGS
 from samfeat.pipelines.training.ablation_tables import load_ablations, plan_runs
 
+REFERENCE = ("network.edge_attention=row", "losses.edge=1", "losses.wsc_temperature=5")
+
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
@@ -16,7 +18,8 @@ def store(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(store):
-    return plan(store)
+    """All rows, for a preset that the tables' reference rows are a part of."""
+    return plan(store, *REFERENCE)
 
 
 def plan(store, *overrides, preset="default", seeds=2):
@@ -57,7 +60,7 @@ def test_rows_of_table_iv_switch_their_parts_and_nothing_else(runs):
 
 def test_a_run_is_known_by_its_configuration_and_its_stores(store, runs, tmp_path):
     def key(store, *overrides):
-        table = {"V": load_ablations().tables["V"]}
+        table, overrides = {"V": load_ablations().tables["V"]}, (*REFERENCE, *overrides)
         return plan_runs(table, [store], seeds=1, preset="default", overrides=overrides)["V", "ASRD", 0].key
 
     assert key(store) == runs["V", "ASRD", 0].key != key(store, "optimiser.steps=5")

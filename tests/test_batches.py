@@ -9,9 +9,12 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from scipy.ndimage import map_coordinates
 from toys import SIZE, toy_store
 
+import samfeat.pipelines.training.batches as batches
 from samfeat.pipelines.config import DataConfig
+from samfeat.pipelines.homography import ViewConfig
 from samfeat.pipelines.training.batches import (
     Item,
     Part,
@@ -25,17 +28,19 @@ from samfeat.pipelines.training.batches import (
     make_batch,
     read_ahead,
     read_batch,
+    strongest_nearby,
 )
 from samfeat.pipelines.training.cached import FromDisk, InMemory, batch_memory
 from samfeat.teacher_cache.schema import POINTS
+from samfeat.teacher_cache.store import TeacherCache
 
 QUIET = DataConfig(photometric_probability=0.0)
 REAL, SYNTHETIC = Item(0, "real", 1), Item(0, "synthetic", 2)
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    return toy_store(tmp_path_factory.mktemp("cache") / "a.zarr")
+def store(toy_cache):
+    return TeacherCache.open(toy_cache / "a.zarr")
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -79,7 +84,7 @@ def test_real_items_are_the_stored_pair(store):
         np.testing.assert_array_equal(raw.groups[row], targets.groups)
         np.testing.assert_array_equal(raw.edges[row], targets.edges)
         count = len(targets.keypoints)
-        np.testing.assert_array_equal(raw.keypoints[row, :count], targets.keypoints[:, :2])
+        np.testing.assert_array_equal(raw.keypoints[row, :count], targets.keypoints)
         assert raw.keypoint_mask[row].sum() == raw.keypoint_mask[row, :count].sum() == count
         np.testing.assert_array_equal(raw.points[side, 0], pair.points[side])
     np.testing.assert_array_equal(raw.valid[0], pair.valid)
@@ -99,7 +104,7 @@ def test_only_labels_above_the_threshold_are_kept(store):
     images = [int(4 + np.array_equal(raw.images[0], store[5].image)) for raw in raws]
     for raw, image, least in zip(raws, images, (0, 0, threshold, threshold)):
         kept = store[image].keypoints[store[image].keypoints[:, 2] >= least]
-        np.testing.assert_array_equal(raw.keypoints[0][raw.keypoint_mask[0]], kept[:, :2])
+        np.testing.assert_array_equal(raw.keypoints[0][raw.keypoint_mask[0]], kept)
 
 
 def test_real_pairs_pass_the_warp_unchanged(store):
@@ -107,7 +112,7 @@ def test_real_pairs_pass_the_warp_unchanged(store):
     batch = make_batch(raw, QUIET, generator())
     right = 2 + 0
     torch.testing.assert_close(batch.images[right], raw.images[1].permute(2, 0, 1) / 127.5 - 1)
-    embedding = torch.from_numpy(store.record(store.pair(1).images[1]).gifts.embedding)
+    embedding = torch.from_numpy(store.record(store.pair(1).images[1]).output.embedding)
     torch.testing.assert_close(batch.embedding[right], embedding)
     torch.testing.assert_close(batch.edges[right], raw.edges[1].float())
     assert batch.supervised[right].all()
@@ -178,6 +183,153 @@ def test_descriptor_points_mix_labels_and_the_whole_image(store):
 
 
 ITEMS = (REAL, SYNTHETIC, Item(0, "synthetic", 0), Item(0, "real", 3), Item(0, "synthetic", 5))
+
+
+WINDOWS = dataclasses.replace(QUIET, views=ViewConfig(size=48, scale=2.0, mild=0.0))
+EXTENT = np.array(SIZE[::-1]) - 1
+
+
+def coordinates_as_content(raw: RawBatch) -> RawBatch:
+    """The batch with images, groups and embeddings that say of every place which place of the crop it is."""
+    y, x = np.mgrid[: SIZE[0], : SIZE[1]]
+    colours = np.stack([4 * x, 4 * y, 0 * x], axis=2).astype(np.uint8)
+    cells = (8 * (y // 8) + x // 8 + 1).astype(np.int16)
+    return raw._replace(
+        images=torch.from_numpy(colours).expand(raw.images.shape).clone(),
+        groups=torch.from_numpy(cells).expand(raw.groups.shape).clone(),
+        edges=torch.from_numpy(colours[..., 0]).expand(raw.edges.shape).clone(),
+    )
+
+
+def shown_at(image: torch.Tensor, points: np.ndarray) -> np.ndarray:
+    """(x, y) of the crop that a window [3, H, W] shows at points (x, y), by SciPy."""
+    content = ((image[:2] + 1) * 127.5 / 4).numpy()
+    return np.stack([map_coordinates(channel, points.T[::-1], order=1) for channel in content], axis=1)
+
+
+@pytest.fixture
+def windows(store, monkeypatch):
+    """A batch of windows of a real, an aligned and two synthetic items, whose content says where it comes from."""
+    monkeypatch.setattr(batches, "relight", lambda images, **_: images)
+    items = (REAL, Item(0, "aligned", 3), SYNTHETIC, Item(0, "synthetic", 0))
+    raw = coordinates_as_content(raw_batch(store, *items, data=WINDOWS))
+    return raw, make_batch(raw, WINDOWS, generator(3))
+
+
+def inner(places: np.ndarray) -> np.ndarray:
+    """Whether places of the crop are so far inside that no blur has mixed in what is mirrored at its borders."""
+    return ((places > 6) & (places < EXTENT - 6)).all(axis=-1)
+
+
+def test_corresponding_points_of_two_windows_show_the_same_place(windows):
+    raw, batch = windows
+    assert raw.planar.tolist() == [False, True, True, True]
+    for item in range(4):
+        valid = batch.valid[item].numpy()
+        left, right = (batch.points[side, item].numpy()[valid] for side in (0, 1))
+        assert valid.sum() > 30
+        assert min(left.min(), right.min()) >= 0
+        assert max(left.max(), right.max()) <= 47
+        shown = [shown_at(batch.images[side * 4 + item], points) for side, points in ((0, left), (1, right))]
+        clear = inner(shown[0]) & inner(shown[1])
+        assert clear.sum() > 10
+        if item == 0:  # a stored pair: each window shows at the point what the store says
+            for side in (0, 1):
+                stored = raw.points[side, item].numpy()[valid]
+                assert np.abs(shown[side] - stored)[clear].max() < 0.6
+        else:
+            assert np.abs(shown[0] - shown[1])[clear].max() < 0.6
+
+
+def test_targets_of_windows_move_with_the_images(windows):
+    raw, batch = windows
+    rows = raw.sides.flatten()
+    found = 0
+    for view in range(8):
+        points = batch.points.flatten(0, 1)[view].numpy()
+        taken = batch.groups[view].numpy() >= 0
+        shown = shown_at(batch.images[view], points.round())  # groups are read at the nearest pixel
+        clear = taken & inner(shown) & (np.abs((shown + 0.5) % 8 - 4) < 3).all(axis=1)  # not on a border of two cells
+        cells = 8 * (shown[:, 1].round() // 8) + shown[:, 0].round() // 8 + 1
+        assert (batch.groups[view].numpy() == cells)[clear].all()
+        assert (batch.groups[view].numpy()[~batch.valid.repeat(2, 1)[view].numpy()] == -1).all()
+
+        on_image = ((batch.keypoints[view, :, :2] >= 0) & (batch.keypoints[view, :, :2] <= 47)).all(dim=1)
+        kept = ((batch.keypoints[view, :, 2] > 0) & on_image).numpy()
+        labels = batch.keypoints[view].numpy()[kept]
+        origin = raw.keypoints[rows[view]].numpy()[kept]
+        shown = shown_at(batch.images[view], labels[:, :2])
+        assert np.abs(shown - origin[:, :2])[inner(origin[:, :2])].max(initial=0) < 0.6
+        np.testing.assert_array_equal(labels[:, 2], origin[:, 2])
+        pixels = labels[:, :2].round().astype(int)
+        assert (batch.labels[view].numpy()[pixels[:, 1], pixels[:, 0]] == 1).all()
+        found += kept.sum()
+
+        seen = batch.supervised[view].numpy()
+        red = ((batch.images[view, 0] + 1) * 127.5).numpy()
+        deep = cv2.erode(seen.astype(np.uint8), np.ones((13, 13))) > 0
+        assert np.abs(batch.edges[view].numpy() - red)[deep].max(initial=0) < 3
+    assert found > 20
+
+
+@pytest.mark.parametrize("data", [WINDOWS, QUIET], ids=["windows", "crops"])
+def test_the_teacher_is_looked_up_where_points_lie_in_the_stored_crop(store, data):
+    """An embedding that says where it is."""
+    raw = raw_batch(store, REAL, SYNTHETIC, Item(0, "synthetic", 0), data=data)
+    rows, columns = raw.embedding.shape[2:]
+    y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    embedding = torch.zeros_like(raw.embedding)
+    embedding[:, 0], embedding[:, 1] = x, y
+    batch = make_batch(
+        raw._replace(embedding=embedding, embedding_scale=torch.ones(len(embedding), rows, columns)), data, generator(3)
+    )
+    side = raw.images.shape[1]
+    for item in range(3):
+        valid = batch.valid[item]
+        assert valid.sum() > 20
+        left, right = ((batch.taught[k * 3 + item, valid, :2] + 0.5) * side / rows - 0.5 for k in (0, 1))
+        inner = ((left > 4) & (left < side - 5)).all(dim=1)  # towards its border an interpolated map is constant
+        if item == 0:
+            for k, places in enumerate((left, right)):
+                inside = ((places > 4) & (places < side - 5)).all(dim=1)
+                torch.testing.assert_close(places[inside], raw.points[k, 0][valid][inside], rtol=0, atol=1e-2)
+        else:
+            torch.testing.assert_close(left[inner], right[inner], rtol=0, atol=1e-2)
+
+
+def test_images_of_one_fixed_camera_are_aligned_items_where_windows_are_used(store, monkeypatch):
+    monkeypatch.setitem(store.provenance.source, "kind", "aligned")
+    kinds = [item.kind for item in list_items([store], WINDOWS, set())]
+    assert kinds == ["aligned", "synthetic"] * 6
+    assert [item.kind for item in list_items([store], QUIET, set())] == ["real", "synthetic"] * 6
+
+
+def test_the_strongest_of_crowded_keypoints_is_kept():
+    rng = np.random.default_rng(0)
+    keypoints = np.concatenate([rng.uniform(-3, 40, (2, 60, 2)), rng.uniform(0.1, 1, (2, 60, 1))], axis=2)
+    got = strongest_nearby(torch.from_numpy(keypoints).float(), (30, 36), radius=2)
+    for points, mine in zip(keypoints.astype(np.float32), got.numpy()):
+        pixels = np.round(points[:, :2])
+        inside = ((pixels >= 0) & (pixels < [36, 30])).all(axis=1)
+        for k, (x, y, score) in enumerate(points):
+            near = inside & (np.abs(pixels - np.round([x, y])) <= 2).all(axis=1)
+            best = inside[k] and score >= points[near, 2].max()
+            assert mine[k].tolist() == pytest.approx([x, y, score if best else 0])
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_the_parts_of_several_processes_make_the_windows_of_one(store, processes):
+    items = (*ITEMS[:4], Item(0, "aligned", 2))
+    whole = make_batch(raw_batch(store, *items, data=WINDOWS), WINDOWS, generator(4), progress=0.1)
+    for rank in range(processes):
+        part = Part.of(len(items), rank, processes)
+        raw = read_batch(FromDisk([store]), items[part.start : part.stop], WINDOWS, item_generators(0, 0, part))
+        batch = make_batch(raw, WINDOWS, generator(4), part, progress=0.1)
+        own = torch.arange(part.start, part.stop)
+        views = torch.cat([own, len(items) + own])
+        for name, mine, other in zip(batch._fields, batch, whole):
+            expected = other[:, own] if name == "points" else other[own if name == "valid" else views]
+            torch.testing.assert_close(mine, expected, rtol=0, atol=1e-4, msg=name)
 
 
 @pytest.mark.parametrize("processes", [2, 3])

@@ -10,13 +10,14 @@ from PIL import Image
 from toys import LABELS, SIZE, ToySource, ToyTeacher, toy_store, tree_bytes
 
 from samfeat.pipelines.build_cache import build_cache, label_detector
-from samfeat.pipelines.caching.cluster import Workers
-from samfeat.pipelines.caching.inputs import make_teacher, open_source, teacher_of
+from samfeat.pipelines.workers import Workers
 from samfeat.student.extractor import SAMFeat
 from samfeat.teacher_cache.keypoints import LabelConfig
 from samfeat.teacher_cache.schema import Provenance
+from samfeat.teacher_cache.sources import open_source
 from samfeat.teacher_cache.store import TeacherCache
-from samfeat.teacher_cache.verify import Problem, verify
+from samfeat.teacher_cache.store.verify import Problem, verify
+from samfeat.teacher_cache.teachers import make_teacher, teacher_of
 
 
 class Interrupting(ToyTeacher):
@@ -47,11 +48,11 @@ def test_every_image_gets_the_teachers_word_and_its_labels(tmp_path):
         item = source.item(k)
         for side in (0, 1):
             record = cache.record(2 * k + side)
-            gifts = ToyTeacher()(item.images[side][None])[0]
+            output = ToyTeacher()(item.images[side][None])[0]
             assert record.name == item.names[side]
             np.testing.assert_array_equal(record.image, item.images[side])
-            np.testing.assert_array_equal(record.gifts.embedding, gifts.embedding.astype(np.float16))
-            np.testing.assert_array_equal(record.gifts.groups, gifts.groups)
+            np.testing.assert_array_equal(record.output.embedding, output.embedding.astype(np.float16))
+            np.testing.assert_array_equal(record.output.groups, output.groups)
             assert 0 < len(record.keypoints) <= LABELS.max_keypoints
             assert (np.diff(record.keypoints[:, 2]) <= 0).all()
         np.testing.assert_array_equal(cache.pair(k).points, item.points)
@@ -150,7 +151,7 @@ def test_sources_are_recognised_by_their_layout(tmp_path):
     assert (source.paired, len(source), source.crop_size) == (False, 1, (80, 80))
     with pytest.raises(ValueError, match="is a file"):
         open_source(tmp_path / "photos" / "a.png")
-    with pytest.raises(ValueError, match="pairs-per-scene is for raw MegaDepth and COLMAP's models"):
+    with pytest.raises(ValueError, match="read as 'folder', which has no option 'pairs_per_scene'"):
         open_source(tmp_path / "photos", pairs_per_scene=5)
     (tmp_path / "mega" / "scene_info").mkdir(parents=True)
     with pytest.raises((FileNotFoundError, ValueError), match="scene_info"):
@@ -159,9 +160,9 @@ def test_sources_are_recognised_by_their_layout(tmp_path):
 
 def test_teachers_by_name():
     assert make_teacher("classical").provenance()["name"] == "classical"
-    with pytest.raises(ValueError, match="has no weights"):
+    with pytest.raises(ValueError, match="has no option 'checkpoint'"):
         make_teacher("classical", checkpoint="sam.pth")
-    with pytest.raises(ValueError, match="choose classical, sam_vit_h"):
+    with pytest.raises(ValueError, match="choose one of classical, hed, aliked, sam_vit_h"):
         make_teacher("dino")
     with pytest.raises(FileNotFoundError, match=r"absent\.pth"):
         make_teacher("sam_vit_b", checkpoint="absent.pth")
@@ -179,7 +180,7 @@ def test_a_trained_student_can_make_the_labels(tmp_path):
     student = SAMFeat("default", detection_threshold=0.0, max_keypoints=30)
     student.save(tmp_path / "student.safetensors")
     image = ToySource(1).item(0).images[0]
-    detections = label_detector(str(tmp_path / "student.safetensors"))(image)
+    detections = label_detector(LabelConfig(detector=str(tmp_path / "student.safetensors")))(image)
     expected = student.extract(image)
     np.testing.assert_allclose(detections[:, :2], expected["keypoints"])
     np.testing.assert_allclose(detections[:, 2], expected["scores"])

@@ -3,8 +3,8 @@ import json
 import numpy as np
 import pycolmap
 import pytest
-from places import camera_around, cameras, write_cameras
 from scipy.spatial.transform import Rotation
+from synthetic_scenes import camera_around, cameras, write_cameras
 
 from samfeat.pipelines.evaluation.camera_poses import (
     Pose,

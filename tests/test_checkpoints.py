@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from samfeat.teacher_cache import checkpoints
-from samfeat.teacher_cache.checkpoints import CHECKPOINTS, Checkpoint, fetch_checkpoint, file_sha256
+from samfeat.teacher_cache.teachers import checkpoints
+from samfeat.teacher_cache.teachers.checkpoints import CHECKPOINTS, Checkpoint, fetch_checkpoint, file_sha256
 
 CONTENT = np.random.default_rng(0).bytes(300_000)
 

@@ -12,9 +12,9 @@ from scipy.io import loadmat
 from scipy.stats import rankdata
 from segment_anything.utils.transforms import ResizeLongestSide
 
-from samfeat.teacher_cache.classical import ClassicalTeacher
-from samfeat.teacher_cache.regions import RegionParameters, RegionTree, boundary_strength, measure, region_tree
-from samfeat.teacher_cache.schema import MASK_COLUMNS, Gifts
+from samfeat.teacher_cache.schema import MASK_COLUMNS, TeacherOutput
+from samfeat.teacher_cache.teachers.classical import ClassicalTeacher
+from samfeat.teacher_cache.teachers.regions import RegionParameters, RegionTree, boundary_strength, measure, region_tree
 
 BSDS = Path(os.environ.get("SAMFEAT_DATA", Path(__file__).parents[1] / "../shared/data")) / "edges/bsds500_val50"
 PREDICTED_IOU, STABILITY = MASK_COLUMNS.index("predicted_iou"), MASK_COLUMNS.index("stability_score")
@@ -30,7 +30,7 @@ def scene(height: int = 120, width: int = 160) -> tuple[np.ndarray, np.ndarray]:
     return np.clip(colours[labels] + noise, 0, 255).astype(np.uint8), labels
 
 
-def teach(image: np.ndarray) -> Gifts:
+def teach(image: np.ndarray) -> TeacherOutput:
     return ClassicalTeacher()(image[None])[0]
 
 
@@ -41,7 +41,7 @@ def cosines(embedding: np.ndarray) -> np.ndarray:
 
 
 def label_of_cells(labels: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """Label at the centre of each cell, as ``Gifts`` defines the centre."""
+    """Label at the centre of each cell, as ``TeacherOutput`` defines the centre."""
     y = np.rint((np.arange(shape[0]) + 0.5) * labels.shape[0] / shape[0] - 0.5).astype(int)
     x = np.rint((np.arange(shape[1]) + 0.5) * labels.shape[1] / shape[1] - 0.5).astype(int)
     return labels[y[:, None], x].ravel()
@@ -54,18 +54,18 @@ def away_from_borders(labels: np.ndarray, distance: int) -> np.ndarray:
 
 def test_each_object_is_a_mask_and_a_group() -> None:
     image, labels = scene()
-    gifts = teach(image)
+    output = teach(image)
     inner = away_from_borders(labels, 4)
     found = []
     for label in (1, 2):
         truth = labels == label
-        overlap = (gifts.masks.stack & truth).sum((1, 2)) / (gifts.masks.stack | truth).sum((1, 2))
+        overlap = (output.masks.stack & truth).sum((1, 2)) / (output.masks.stack | truth).sum((1, 2))
         assert overlap.max() > 0.9
-        groups = np.unique(gifts.groups[truth & inner])
+        groups = np.unique(output.groups[truth & inner])
         assert len(groups) == 1
         assert groups[0] > 0
         found.append(groups[0])
-    assert len({*found, *np.unique(gifts.groups[(labels == 0) & inner])}) >= 3
+    assert len({*found, *np.unique(output.groups[(labels == 0) & inner])}) >= 3
 
 
 def test_edges_lie_on_the_outlines() -> None:
@@ -119,18 +119,18 @@ def test_embedding_shape_is_sams_without_padding(size: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("size", [(90, 120), (121, 67), (5, 40), (2, 2), (1, 2), (1, 1)])
 @pytest.mark.parametrize("flat", [True, False])
-def test_any_size_gives_finite_gifts_of_the_promised_shapes(size: tuple[int, int], flat: bool) -> None:
+def test_any_size_gives_finite_targets_of_the_promised_shapes(size: tuple[int, int], flat: bool) -> None:
     noise = np.random.default_rng(1).integers(0, 256, (*size, 3))
-    gifts = teach(np.full((*size, 3), 77, np.uint8) if flat else noise.astype(np.uint8))
-    assert gifts.embedding.shape == ClassicalTeacher().embedding_shape(size)
-    assert gifts.embedding.dtype == np.float32
-    assert np.isfinite(cosines(gifts.embedding)).all()
-    assert gifts.masks.stack.shape[1:] == gifts.groups.shape == gifts.edges.shape == size
-    assert (gifts.groups.dtype, gifts.edges.dtype) == (np.uint16, np.uint8)
+    output = teach(np.full((*size, 3), 77, np.uint8) if flat else noise.astype(np.uint8))
+    assert output.embedding.shape == ClassicalTeacher().embedding_shape(size)
+    assert output.embedding.dtype == np.float32
+    assert np.isfinite(cosines(output.embedding)).all()
+    assert output.masks.stack.shape[1:] == output.groups.shape == output.edges.shape == size
+    assert (output.groups.dtype, output.edges.dtype) == (np.uint16, np.uint8)
     if flat:
-        assert not len(gifts.masks.stack)
-        assert not gifts.edges.any()
-        assert not gifts.groups.any()
+        assert not len(output.masks.stack)
+        assert not output.edges.any()
+        assert not output.groups.any()
 
 
 def test_threads_and_repeats_agree_to_the_bit() -> None:
@@ -138,8 +138,8 @@ def test_threads_and_repeats_agree_to_the_bit() -> None:
     teacher = ClassicalTeacher()
     with ThreadPoolExecutor(4) as pool:
         runs = list(pool.map(teacher, [images] * 4))
-    for gifts in runs[1:]:
-        for one, other in zip(runs[0], gifts):
+    for output in runs[1:]:
+        for one, other in zip(runs[0], output):
             for name in ("embedding", "groups", "edges"):
                 assert np.array_equal(getattr(one, name), getattr(other, name))
             assert np.array_equal(one.masks.stack, other.masks.stack)

@@ -9,13 +9,13 @@ import pycolmap
 import pytest
 from PIL import Image
 
-from samfeat.pipelines.caching.inputs import open_source
-from samfeat.pipelines.sources.colmap import ColmapCamera, find_workspaces, read_array, read_model
-from samfeat.pipelines.sources.colmap_pairs import ColmapSource, pairs_of
-from samfeat.pipelines.sources.correspondences import PIXEL_TOLERANCE
-from samfeat.pipelines.sources.pairs import MIN_VALID
-from samfeat.teacher_cache.images import FolderSource
 from samfeat.teacher_cache.schema import POINTS
+from samfeat.teacher_cache.sources import open_source
+from samfeat.teacher_cache.sources.colmap import ColmapSource, pairs_of
+from samfeat.teacher_cache.sources.colmap_model import ColmapCamera, find_workspaces, read_array, read_model
+from samfeat.teacher_cache.sources.correspondences import PIXEL_TOLERANCE
+from samfeat.teacher_cache.sources.folder import FolderSource
+from samfeat.teacher_cache.sources.pairs import MIN_VALID
 
 SIZE = (120, 160)
 CROP = (80, 96)
@@ -341,6 +341,25 @@ def test_models_are_found_where_colmap_puts_them(tmp_path, folder, name, text):
     assert source.item(0).names[0].startswith(f"{name}/")
 
 
+@pytest.mark.parametrize("images", ["images", "."])
+def test_images_beside_the_folder_of_the_model(tmp_path, images):
+    """As nerfstudio lays out its data: colmap/sparse/0, and images/ beside colmap."""
+    write_model(tmp_path, Views("PINHOLE"), folder="sparse/0")
+    (tmp_path / "colmap").mkdir()
+    (tmp_path / "sparse").rename(tmp_path / "colmap" / "sparse")
+    if images == ".":
+        for path in list((tmp_path / "images").iterdir()):
+            path.rename(tmp_path / path.name)
+        (tmp_path / "images").rmdir()
+    for root in (tmp_path, tmp_path / "colmap"):
+        source = source_of(root, pairs_per_scene=3)
+        item = source.item(0)
+        assert not item.passed_over
+        file = source.file_of(item.names[0])
+        assert file.parent.resolve() == (tmp_path / images).resolve()
+        assert file.name == item.names[0].split("/")[-1].split("#")[0]
+
+
 def test_every_model_is_a_scene(tmp_path):
     for name in ("b", "a"):
         write_model(tmp_path / name, Views("PINHOLE"))
@@ -403,11 +422,18 @@ def test_clear_words_about_bad_models(tmp_path):
         source_of(tmp_path / "gone", crop_size=(200, 200)).item(0)
     (tmp_path / "gone/images/1.png").unlink()
     source = source_of(tmp_path / "gone", pairs_per_scene=12)
-    with pytest.raises(ValueError, match=r"1\.png is missing"):
-        [source.item(k) for k in range(12)]
-    Image.fromarray(texture(1, (60, 80))).save(tmp_path / "gone/images/1.png")
-    with pytest.raises(ValueError, match=r"1\.png is 80x60 but its camera 160x120"):
-        [source.item(k) for k in range(12)]
+    for words in (r"1.png is missing", "1.png is 80x60 but its camera 160x120"):
+        items = [source.item(k) for k in range(12)]  # the pair of the other two images takes the place of the rest
+        assert {name.split("#")[0] for item in items for name in item.names} == {"0/0.png", "0/2.png"}
+        said = {reason for item in items for reason in item.passed_over}
+        assert len(said) == 1
+        assert words in said.pop()
+        assert any(not item.passed_over for item in items)
+        Image.fromarray(texture(1, (60, 80))).save(tmp_path / "gone/images/1.png")
+    for k in (0, 2):
+        (tmp_path / f"gone/images/{k}.png").unlink()
+    with pytest.raises(ValueError, match="20 pairs in a row were unusable, the last one"):
+        source.item(0)
     with pytest.raises(ValueError, match="min_overlap <= max_overlap"):
         source_of(tmp_path / "gone", min_overlap=0.5, max_overlap=0.1)
     with pytest.raises(ValueError, match="local folders alone"):

@@ -41,7 +41,8 @@ def test_every_page_is_read():
 
 
 @pytest.mark.parametrize(("page", "line"), COMMANDS)
-def test_commands_and_options_exist(page, line):
+def test_commands_and_options_exist(page, line, monkeypatch):
+    monkeypatch.setattr("samfeat.student.weights.find_weights", Path)  # the weights of the examples are not here
     words = shlex.split(re.sub(r"\[[^\]]*\]", "", line))
     if words[0] == "make":
         verbs = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)

@@ -1,10 +1,17 @@
+import re
+
 import cv2
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
+import samfeat
 from samfeat.pipelines.pictures.draw import (
     GREEN,
+    OPACITY,
     RED,
+    captioned,
     color_groups,
     color_map,
     draw_errors,
@@ -14,11 +21,11 @@ from samfeat.pipelines.pictures.draw import (
     enlargement,
     error_colors,
     inlier_colors,
-    mma_figure,
     panel,
     pca_rgb,
     save_png,
     thumbnail,
+    with_scale,
 )
 
 
@@ -35,7 +42,7 @@ def test_matches_join_their_points_on_a_canvas_that_holds_both_images():
     assert offset >= 80
     assert tuple(canvas[20, 10]) == tuple(canvas[20, offset + 30]) == GREEN
     assert tuple(canvas[50, 40]) == tuple(canvas[5, offset + 5]) == RED
-    assert canvas[20, 70].tolist() == pytest.approx(GREEN, abs=20)  # the first line is horizontal
+    assert canvas[20, 70].tolist() == pytest.approx([OPACITY * part for part in GREEN], abs=20)  # horizontal, on black
     assert (canvas[50:, offset:] == 255).all()  # below the shorter image
     assert not left.any()
 
@@ -99,17 +106,28 @@ def test_pca_finds_the_directions_of_variance():
     embedding = np.zeros((8, 32, 32)) + rng.normal(0, 1e-3, (8, 32, 32))
     embedding[2] += 10 * ramp[:, None]  # strongest along y
     embedding[5] += 3 * ramp[None, :]  # then along x
-    picture = pca_rgb(embedding).astype(float)
+    picture = pca_rgb([embedding])[0].astype(float)
     expected = 255 * (np.clip(ramp, -0.98, 0.98) / 0.98 + 1) / 2
     assert picture[..., 0] == pytest.approx(np.repeat(expected[:, None], 32, 1), abs=6)
     assert picture[..., 1] == pytest.approx(np.repeat(expected[None], 32, 0), abs=6)
 
 
 def test_pca_of_little_or_nothing():
-    assert not pca_rgb(np.ones((16, 4, 4))).any()
-    two = pca_rgb(np.random.default_rng(0).normal(size=(2, 5, 5)))
+    assert not pca_rgb([np.ones((16, 4, 4))])[0].any()
+    (two,) = pca_rgb([np.random.default_rng(0).normal(size=(2, 5, 5))])
     assert two[..., :2].max() == 255
     assert not two[..., 2].any()
+
+
+def test_views_of_a_pair_share_their_components():
+    rng = np.random.default_rng(1)
+    first = rng.normal(size=(8, 6, 7))
+    second = first[:, :, ::-1] + 0
+    left, right = pca_rgb([first, second])
+    assert (left == right[:, ::-1]).all()  # equal embeddings, equal colours, wherever they are
+    darker = pca_rgb([first, 0.5 * first])[1].astype(int)
+    assert np.ptp(darker) < np.ptp(left.astype(int))  # on the scale of both, not each on its own
+    assert [picture.shape for picture in pca_rgb([first, rng.normal(size=(8, 2, 3))])] == [(6, 7, 3), (2, 3, 3)]
 
 
 def test_color_map_is_matplotlibs():
@@ -146,9 +164,68 @@ def test_png_keeps_red_red(tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_mma_figure_is_a_picture_with_one_plot_a_subset(tmp_path):
-    curves = {"one": {"all": [0.1] * 10, "viewpoint": [0.2] * 10}, "two": {"all": [0.3] * 10}}
-    wide = cv2.imread(str(mma_figure(tmp_path / "wide.png", curves)))
-    narrow = cv2.imread(str(mma_figure(tmp_path / "narrow.png", {"two": curves["two"]})))
-    assert wide.shape[1] > 1.5 * narrow.shape[1]
-    assert ((narrow[..., 0] > 150) & (narrow[..., 2] < 80)).sum() > 500  # a line in matplotlib's blue
+def test_a_caption_stands_above_and_says_what_colours_mean():
+    picture = gray(100, 300, 90)
+    sheet = captioned(picture, "two views " * 40, [("agree", GREEN), ("do not", RED)])
+    assert (sheet[-100:] == 90).all()
+    above = sheet[:-100]
+    assert above.shape[1] == 300
+    assert (above[:, -4:] == 255).all()  # a long title is shortened
+    assert all((above == color).all(-1).sum() > 50 for color in (GREEN, RED))
+    assert len(captioned(picture, "title")) < len(sheet)
+
+
+def test_a_scale_runs_from_low_below_to_high_above():
+    picture = gray(200, 300, 90)
+    sheet = with_scale(picture, "gray", "0", "1.5")
+    assert (sheet[:, :300] == 90).all()
+    bar = sheet[:, 300 + 200 // 22 // 2 + 3, 0].astype(int)
+    assert (bar[0], bar[-1]) == (255, 0)
+    assert (np.diff(bar) <= 0).all()
+    labels = (sheet[:, 320:] < 100).any(axis=(1, 2))
+    assert labels[:15].any()
+    assert labels[-15:].any()
+    assert not labels[30:-30].any()
+
+
+def test_notebooks_get_pictures_of_what_extract_and_match_return(tmp_path):
+    grey = np.full((200, 300, 3), 128, np.uint8)
+    features = {"keypoints": torch.tensor([[50.0, 60.0], [200.0, 150.0]]), "scores": torch.tensor([0.9, 0.5])}
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    pictures = [samfeat.show_keypoints(image, features) for image in (grey, tmp_path / "grey.png", grey / 255)]
+    assert {picture.size for picture in pictures} == {(300, 200)}
+    for picture in pictures:
+        changed = (np.asarray(picture) != 128).any(axis=2)
+        near = np.hypot(*(np.indices(changed.shape)[::-1] - np.array([50, 60])[:, None, None])) < 12
+        near |= np.hypot(*(np.indices(changed.shape)[::-1] - np.array([200, 150])[:, None, None])) < 12
+        assert changed[near].any()
+        assert not changed[~near].any()
+    for matches in (torch.tensor([[0, 1]]), {"matches": torch.tensor([[0, 1]])}):
+        drawn = np.asarray(samfeat.show_matches(grey, grey, features, features, matches))
+        np.testing.assert_array_equal(drawn, draw_matches(grey, grey, np.array([[50, 60]]), np.array([[200, 150]])))
+    assert pictures[0]._repr_png_()
+
+
+@pytest.mark.parametrize(
+    ("matches", "message"),
+    [
+        ([1, 0], "whole numbers [M, 2], got int64 [2]"),
+        ([[0, 1, 1]], "whole numbers [M, 2], got int64 [1, 3]"),
+        ([[0.0, 1.0]], "whole numbers [M, 2], got float64 [1, 2]"),
+        ([[0, 1], [1, 2]], "rows of 2 and 2 keypoints"),
+        (torch.tensor([[0, -1]]), "rows of 2 and 2 keypoints"),
+    ],
+)
+def test_matches_that_are_none_of_the_features_are_refused(matches, message):
+    grey, features = np.full((200, 300, 3), 128, np.uint8), {"keypoints": torch.tensor([[50.0, 60.0], [200.0, 150.0]])}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        samfeat.show_matches(grey, grey, features, features, matches)
+
+
+def test_no_matches_are_the_photographs_beside_each_other():
+    left, right = np.full((200, 300, 3), 128, np.uint8), np.full((100, 80, 3), 7, np.uint8)
+    none = {"keypoints": np.zeros((0, 2), np.float32)}
+    for matches in ([], np.zeros((0, 2), int)):
+        drawn = np.asarray(samfeat.show_matches(left, right, none, none, matches))
+        np.testing.assert_array_equal(drawn[:200, :300], left)
+        np.testing.assert_array_equal(drawn[:100, -80:], right)

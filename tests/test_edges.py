@@ -6,8 +6,8 @@ import pytest
 import torch
 from scipy import ndimage
 
-from samfeat.teacher_cache import edges
-from samfeat.teacher_cache.edges import BINARY_THRESHOLD, STYLES, edge_map
+from samfeat.teacher_cache.teachers import edges
+from samfeat.teacher_cache.teachers.edges import BINARY_THRESHOLD, STYLES, edge_map
 
 SIZE = 80
 

@@ -39,6 +39,7 @@ def rewrite(path, *, changed=(), drop=(), **tensors):
     with safe_open(path, framework="pt") as file:
         values = {name: file.get_tensor(name) for name in file.keys() if name not in drop}  # noqa: SIM118 (no mapping)
         metadata = json.loads(file.metadata()[FORMAT]) | dict(changed)
+        del metadata["sha256"]
     safetensors.torch.save_file(values | tensors, path, {FORMAT: json.dumps(metadata)})
 
 
@@ -66,7 +67,7 @@ def test_anybody_can_read_the_file(path, network):
     assert safetensors.torch.load_file(path).keys() == network.state_dict().keys()
     with safe_open(path, framework="pt") as file:
         metadata = json.loads(file.metadata()[FORMAT])
-    assert metadata.keys() == {"version", "network", "extraction", "provenance"}
+    assert metadata.keys() == {"version", "network", "extraction", "provenance", "sha256"}
     assert metadata["network"]["edge_attention"] == "none"
 
 
@@ -181,9 +182,9 @@ AUTHORS_CODE_NAMES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("preset", ["released", "default"])
-def test_a_checkpoint_for_the_authors_code(tmp_path, preset):
-    network = SAMFeatNetwork(network_preset(preset), generator=torch.Generator().manual_seed(1))
+@pytest.mark.parametrize("network_config", [network_preset("released"), NetworkConfig()], ids=["released", "exact"])
+def test_a_checkpoint_for_the_authors_code(tmp_path, network_config):
+    network = SAMFeatNetwork(network_config, generator=torch.Generator().manual_seed(1))
     save_checkpoint(tmp_path / "m.pt", network)
     values = torch.load(tmp_path / "m.pt", weights_only=True)
     assert set(values) == AUTHORS_CODE_NAMES
@@ -198,6 +199,10 @@ def test_a_checkpoint_for_the_authors_code(tmp_path, preset):
 def test_what_the_authors_code_cannot_compute(tmp_path):
     with pytest.raises(ValueError, match=r"edge_attention 'row'.*these weights 'pixel' and 'backbone'"):
         save_checkpoint(tmp_path / "m.pt", SAMFeatNetwork(network_preset("paper")))
+    with pytest.raises(ValueError, match=r"edge_attention 'row'.*these weights 'none' and 'fused'"):
+        save_checkpoint(tmp_path / "m.pt", SAMFeatNetwork(network_preset("default")))
+    with pytest.raises(ValueError, match=r"other widths than \(16, 32, 64, 128\)"):
+        save_checkpoint(tmp_path / "m.pt", SAMFeatNetwork(NetworkConfig(widths=(16, 32, 64, 128))))
     assert not list(tmp_path.iterdir())
 
 
@@ -240,3 +245,81 @@ def test_a_pickle_that_wants_to_run_code_is_refused_unrun(tmp_path, form):
     with path.open("rb") as file:  # the bomb is live: plain unpickling sets it off
         torch.load(file, weights_only=False) if form != "bare" else pickle.load(file)
     assert marker.exists()
+
+
+# ---------------------------------------------------------------------------------------------------- damaged weights
+
+
+def test_files_without_a_digest_are_read(path, network):
+    rewrite(path)
+    assert torch.equal(load_weights(path).state_dict["conv_des.weight"], network.conv_des.weight)
+
+
+def test_any_flipped_bit_of_a_safetensors_file_is_found(path):
+    content = path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    generator = torch.Generator().manual_seed(0)
+    places = torch.randint(start, len(content), (8,), generator=generator).tolist()
+    places += torch.randint(8, len(content[:start].rstrip()), (24,), generator=generator).tolist()
+    for place in places:
+        damaged = bytearray(content)
+        damaged[place] ^= 2
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=str(path.name)):
+            load_weights(path)
+
+
+def test_a_flipped_bit_of_a_checkpoint_is_found(tmp_path, released):
+    torch.save(released, tmp_path / "m.pt")
+    content = bytearray((tmp_path / "m.pt").read_bytes())
+    weights = released["conv_des.weight"].numpy().tobytes()
+    content[content.index(weights) + 4001] ^= 1  # the lowest bits of one number: nothing else tells it
+    (tmp_path / "m.pt").write_bytes(content)
+    assert torch.load(tmp_path / "m.pt", weights_only=True).keys() == released.keys()  # torch does not notice
+    refuses(tmp_path / "m.pt", "damaged PyTorch checkpoint .*checksum|damaged PyTorch checkpoint .*CRC")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda values: values * torch.nan, "NaN or infinite: conv1a.bias, .* and 39 more"),
+        (lambda values: values + torch.inf, "NaN or infinite"),
+        (lambda values: values * 0, "all weights are zero"),
+        (lambda values: values.to(torch.int8), "not floating-point: conv1a.bias torch.int8"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["safetensors", "pt"])
+def test_weights_that_compute_nothing_are_refused(tmp_path, path, released, kind, change, message):
+    if kind == "pt":
+        path = tmp_path / "m.pt"
+        torch.save({name: change(value) for name, value in released.items()}, path)
+    else:
+        with safe_open(path, framework="pt") as file:
+            rewrite(path, **{name: change(file.get_tensor(name)) for name in file.keys()})  # noqa: SIM118
+    refuses(path, message.replace("39", r"\d+"))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{1: torch.zeros(2)}, {"a": torch.zeros(2).to_sparse()}, {"a": torch.zeros(2, device="meta")}, [torch.zeros(2)]],
+)
+def test_checkpoints_of_other_things(tmp_path, values):
+    torch.save(values, tmp_path / "m.pt")
+    refuses(tmp_path / "m.pt", "plain state dict|damaged PyTorch checkpoint")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"widths": [10**12, 64, 128, 128]},
+        {"widths": 3},
+        {"widths": [64, 64, 128]},
+        {"widths": ["a", 64, 128, 128]},
+        {"unused_head": 1},
+        {"edge_attention": ["row"]},
+        {"sampling": {"a": 1}},
+    ],
+)
+def test_absurd_networks_are_refused_before_they_are_built(path, values):
+    rewrite(path, changed={"network": values})
+    refuses(path, "metadata that cannot be read")

@@ -2,16 +2,20 @@ import json
 import os
 import signal
 import time
+import warnings
 from pathlib import Path
 
 import cv2
 import h5py
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from samfeat.pipelines.extract import extract_folder
 from samfeat.pipelines.features.formats import Features, read_features
-from samfeat.pipelines.features.methods import Method, load_method, shrunk
+from samfeat.pipelines.features.methods import load_method
+from samfeat.pipelines.features.protocol import Method, shrunk
 
 
 @pytest.fixture
@@ -111,7 +115,6 @@ def test_nothing_to_see_is_a_normal_result(name):
     ("arguments", "message"),
     [
         ({"name": "surf"}, "sift"),
-        ({"name": "samfeat"}, "weights"),
         ({"name": "sift", "weights": "some.safetensors"}, "no weights"),
         ({"name": "sift", "max_keypoints": 0}, "at least 1"),
         ({"name": "orb", "multiscale": True}, "no options, got multiscale"),
@@ -125,7 +128,7 @@ def test_bad_methods_are_refused(arguments, message):
 def test_samfeat_from_its_weights_file(tmp_path, photo):
     from samfeat.student.extractor import SAMFeat
 
-    model = SAMFeat("default", detection_threshold=0.0)
+    model = SAMFeat("default", detection_threshold=0.0, max_keypoints=40)
     model.save(tmp_path / "a.safetensors")
     method = load_method("samfeat", weights=tmp_path / "a.safetensors", max_keypoints=20, device="cpu")
     features = method(photo)
@@ -133,8 +136,8 @@ def test_samfeat_from_its_weights_file(tmp_path, photo):
     assert features["keypoints"] == pytest.approx(expected["keypoints"][:20].numpy())
     assert features["descriptors"] == pytest.approx(expected["descriptors"][:20].numpy(), abs=1e-5)
     assert method.config["max_keypoints"] == 20
-    many = load_method("samfeat", weights=tmp_path / "a.safetensors", multiscale=True, device="cpu")
-    assert len(many(photo)["scores"]) > len(expected["scores"])
+    pyramid = load_method("samfeat", weights=tmp_path / "a.safetensors", multiscale=True, device="cpu")
+    assert not np.allclose(pyramid(photo)["scores"], expected["scores"].numpy())
     assert json.loads(json.dumps(dict(method.config))) == method.config
     with pytest.raises(FileNotFoundError, match="absent"):
         load_method("samfeat", weights=tmp_path / "absent.safetensors")
@@ -330,3 +333,78 @@ def test_bad_inputs_are_refused_in_one_line(folder, tmp_path):
         with pytest.raises(error, match=message) as caught:
             extract_folder(images, output, method=method, format=format)
         assert "\n" not in str(caught.value)
+
+
+def test_a_name_that_is_not_utf8_is_left_out_before_anything_is_computed(folder, tmp_path, photo):
+    cv2.imwrite(str(folder / "x.png"), photo)
+    os.rename(folder / "x.png", os.fsencode(folder) + b"/caf\xe9.png")
+    method, extract = counting()
+    summary = extract_folder(folder, tmp_path / "f.h5", method=method)
+    assert (summary.written, extract.calls) == (["b.png", "deep/a.ppm"], 2)
+    assert list(summary.failed) == ["caf\udce9.png"]
+    assert "not UTF-8" in summary.failed["caf\udce9.png"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried to ..."
+        ),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+    ],
+)
+def test_an_image_too_large_for_the_memory_is_named_and_the_rest_done(folder, tmp_path, error):
+    def extract(image):
+        if image.shape[1] == 200:
+            raise error
+        return counting()[1](image)
+
+    summary = extract_folder(folder, tmp_path / "f.h5", method=Method("count", {}, extract))
+    assert summary.written == ["deep/a.ppm"]
+    assert "--max-size" in summary.failed["b.png"]
+
+
+def test_other_errors_of_a_method_are_not_hidden(folder, tmp_path):
+    def extract(image):
+        raise RuntimeError("a mistake")
+
+    with pytest.raises(RuntimeError, match="a mistake"):
+        extract_folder(folder, tmp_path / "f.h5", method=Method("count", {}, extract))
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png"])
+def test_photographs_above_the_limit_are_read_at_a_fraction(folder, tmp_path, suffix, monkeypatch):
+    """A blob of a photograph above the limits of pixels, which are scaled down with it, is found where it is."""
+    for module, name in (("samfeat.images", "MAX_PIXELS"), ("PIL.Image", "MAX_IMAGE_PIXELS")):
+        monkeypatch.setattr(f"{module}.{name}", 300 * 400)
+    y, x = np.mgrid[:320, :400]
+    blob = 40 + 180 * np.exp(-((x - 201.3) ** 2 + (y - 150.6) ** 2) / (2 * 20.0**2))
+    (tmp_path / "large").mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees, clockwise
+    stored = Image.fromarray(blob.round().astype(np.uint8)).rotate(90, expand=True)
+    stored.save(tmp_path / "large" / f"blob{suffix}", exif=exif, quality=95)
+    method = shrunk(load_method("sift"), 100)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        extract_folder(tmp_path / "large", tmp_path / "f.h5", method=method, max_size=100)
+    with h5py.File(tmp_path / "f.h5") as file:
+        features = read_features(file, f"blob{suffix}")
+    assert features["keypoints"][0] == pytest.approx([201.3, 150.6], abs=0.5)
+    assert features["image_size"].tolist() == [400, 320]
+
+
+def test_an_output_that_is_an_image_is_refused(folder, tmp_path):
+    before = (folder / "b.png").read_bytes()
+    (tmp_path / "link.h5").symlink_to(folder / "b.png")
+    for output in (folder / "b.png", tmp_path / "link.h5"):
+        with pytest.raises(ValueError, match="is an input"):
+            extract_folder(folder, output, method=counting()[0], overwrite=True)
+    assert (folder / "b.png").read_bytes() == before
+
+
+def test_lists_with_a_bom_comments_and_repeats(folder, tmp_path):
+    (folder / "list.txt").write_bytes("\ufeff# mine\r\nb.png\r\nb.png\r\n".encode())
+    assert extract_folder(folder / "list.txt", tmp_path / "f.h5", method=counting()[0]).written == ["b.png"]

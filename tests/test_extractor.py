@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import cv2
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from plain import plain_maps
+from reference_network import plain_maps
 
+from samfeat import load_image
 from samfeat.student import extractor
 from samfeat.student.extractor import EXTRACTION_PRESETS, SAMFeat
 from samfeat.student.inference import InferenceNetwork, Maps
@@ -125,7 +127,7 @@ def test_maps_are_those_that_keypoints_come_from(lively, size):
 
 
 def test_maps_of_tiny_images_are_refused(lively):
-    with pytest.raises(ValueError, match="an image of 7 x 90 pixels is too small: 16 x 16 is least"):
+    with pytest.raises(ValueError, match="the image is too small: 7 x 90, minimum 16 x 16 pixels"):
         SAMFeat("released", network=lively).maps(photo(7, 90))
 
 
@@ -191,16 +193,16 @@ def peak(x, y):
 
 
 def test_subpixel_keypoint_lies_on_the_peak_and_takes_its_descriptor_from_there(crafted):
-    found = crafted(peak, detection_threshold=0.5).extract(photo(64, 96))
+    found = crafted(peak, nms_radius=4, detection_threshold=0.5).extract(photo(64, 96))
     np.testing.assert_allclose(found["keypoints"], [[40.3, 29.6]], atol=1e-3)
     descriptor = found["descriptors"][0]
     np.testing.assert_allclose(descriptor[:2] / descriptor[2], [40.3, 29.6], atol=1e-3)
-    coarse = crafted(peak, detection_threshold=0.5, subpixel=False).extract(photo(64, 96))
+    coarse = crafted(peak, nms_radius=4, detection_threshold=0.5, subpixel=False).extract(photo(64, 96))
     assert coarse["keypoints"].tolist() == [[40.0, 30.0]]
 
 
 def test_keypoints_are_mapped_back_by_pixel_centres(crafted):
-    found = crafted(peak, detection_threshold=0.5).extract(photo(68, 100))  # seen as 64 x 96
+    found = crafted(peak, nms_radius=4, detection_threshold=0.5).extract(photo(68, 100))  # seen as 64 x 96
     expected = [(40.3 + 0.5) * 100 / 96 - 0.5, (29.6 + 0.5) * 68 / 64 - 0.5]
     np.testing.assert_allclose(found["keypoints"], [expected], atol=1e-3)
 
@@ -252,7 +254,8 @@ def test_numpy_pil_and_torch_agree(model):
     exact = {
         "PIL": Image.fromarray(image),
         "torch uint8": planes,
-        "alpha": np.dstack((image, np.full(image.shape[:2], 7, np.uint8))),
+        "opaque": np.dstack((image, np.full(image.shape[:2], 255, np.uint8))),
+        "batch of one": planes[None],
         "strided": np.ascontiguousarray(image[:, ::-1])[:, ::-1],
         "read-only": read_only,
     }
@@ -261,6 +264,43 @@ def test_numpy_pil_and_torch_agree(model):
     np.testing.assert_array_equal(as_rgb(image), image)
     np.testing.assert_allclose(as_rgb(planes / 255), image, atol=1e-4)
     np.testing.assert_allclose(as_rgb(planes.half() / 255), image, atol=0.1)
+
+
+def test_files_and_pictures_of_phones_are_read_alike(model, tmp_path):
+    """EXIF orientation and transparency: the extractor sees what :func:`samfeat.load_image`, and a viewer, show."""
+    image = photo()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: stored lying on its side, by 90 degrees anticlockwise
+    Image.fromarray(np.rot90(image)).save(tmp_path / "phone.png", exif=exif)
+    alpha = np.full(image.shape[:2], 255, np.uint8)
+    alpha[:, 40:] = 0
+    Image.fromarray(np.dstack((image, alpha))).save(tmp_path / "cut.png")
+    cut = image.copy()
+    cut[:, 40:] = 255
+    for path, expected in ((tmp_path / "phone.png", image), (tmp_path / "cut.png", cut)):
+        np.testing.assert_array_equal(load_image(path), expected)
+        wanted = model.extract(expected)
+        assert len(wanted["keypoints"]) > 3
+        for form in (path, str(path), Image.open(path)):
+            assert same(model.extract(form), wanted), path
+    assert same(model.extract(np.dstack((image, alpha))), model.extract(cut))
+    with pytest.raises(FileNotFoundError):
+        model.extract(tmp_path / "absent.png")
+
+
+def test_float_arrays_and_deep_pictures_are_scaled(model):
+    grey = photo()[..., 0]
+    np.testing.assert_allclose(as_rgb(grey / 255), np.dstack([grey] * 3), atol=1e-4)
+    np.testing.assert_allclose(as_rgb(photo().astype(np.float32) / 255), photo(), atol=1e-4)
+    half = as_rgb(np.dstack((photo() / 255, np.full(grey.shape, 0.5))))
+    np.testing.assert_allclose(half, photo() / 2 + 127.5, atol=1e-3)
+    np.testing.assert_array_equal(as_rgb(Image.fromarray(grey.astype(np.uint16) * 257)), np.dstack([grey] * 3))
+
+
+def test_a_batch_counts_as_a_list(model):
+    planes = torch.stack([torch.from_numpy(photo(seed=k)).permute(2, 0, 1) for k in (1, 2)])
+    for found, image in zip(model.extract(planes), planes, strict=True):
+        assert same(found, model.extract(image))
 
 
 def test_float_tensor_needing_no_resize_gives_the_same_features(model):
@@ -301,20 +341,24 @@ def test_tiny_images_have_no_keypoints(size, multiscale):
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        ("photo.jpg", "got str"),
-        (np.zeros((20, 20, 3)), "got numpy float64"),
+        (3, "got int"),
+        (np.full((20, 20, 3), 255.0), "divide 8-bit values by 255"),
+        (np.full((20, 20, 3), np.nan), "must be finite"),
+        (np.zeros((20, 20, 3), bool), "got numpy bool"),
         (np.zeros((20, 20, 3), np.uint16), "got numpy uint16"),
         (np.zeros((20, 20, 2), np.uint8), r"got \[20, 20, 2\]"),
         (np.zeros((1, 20, 20, 3), np.uint8), r"got \[1, 20, 20, 3\]"),
         (np.zeros((0, 20, 3), np.uint8), "empty: 0 x 20"),
         (torch.zeros(3, 20, 0), "empty: 20 x 0"),
-        (torch.zeros(1, 3, 20, 20), r"one image.*got \[1, 3, 20, 20\]"),
+        (torch.zeros(1, 4, 20, 20), r"one image.*got \[4, 20, 20\]"),
+        (torch.zeros(0, 3, 20, 20), r"one image.*got \[0, 3, 20, 20\]"),
         (torch.zeros(20, 20, 3), r"one image.*got \[20, 20, 3\]"),
         (torch.zeros(3, 20, 20, dtype=torch.int64), "got torch.int64"),
         (torch.full((3, 20, 20), torch.nan), "must be finite"),
         (torch.full((3, 20, 20), 255.0), "divide 8-bit values by 255"),
         (torch.full((3, 20, 20), -0.1), r"lie in \[0, 1\]"),
-        (Image.new("I;16", (20, 20)), "got mode 'I;16'"),
+        (Image.new("F", (20, 20)), "floating-point values"),
+        (Image.new("RGB", (20, 0)), "empty: 0 x 20"),
     ],
 )
 def test_rejects_what_is_no_image(model, image, message):
@@ -344,6 +388,19 @@ def test_untrained_extractors_are_the_same_every_time_and_leave_the_generator_al
     assert torch.equal(torch.rand(1), expected)
 
 
+def test_an_extractor_without_weights_warns(lively):
+    with pytest.warns(UserWarning, match="without weights is untrained"):
+        SAMFeat()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        SAMFeat("released", network=lively)
+
+
+@pytest.mark.parametrize(("name", "short"), [("float16", "fp16"), ("bfloat16", "bf16"), ("float32", "fp32")])
+def test_torch_names_of_precisions_are_accepted(lively, name, short):
+    assert SAMFeat("released", network=lively, precision=name).extraction.precision == short
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -351,9 +408,17 @@ def test_untrained_extractors_are_the_same_every_time_and_leave_the_generator_al
         ({"radius": 3}, "no option radius; the options are max_keypoints, detection_threshold"),
         ({"max_keypoints": 0}, "max_keypoints must be"),
         ({"detection_threshold": 1.5}, "detection_threshold must lie"),
-        ({"nms_radius": -1}, "must not be negative"),
-        ({"border": -1}, "must not be negative"),
-        ({"edge_gain": float("nan")}, "edge_gain must be finite"),
+        ({"max_keypoints": 10**12}, "max_keypoints must be"),
+        ({"nms_radius": -1}, "nms_radius must be a whole number from 0"),
+        ({"nms_radius": 1_000_000}, "nms_radius must be a whole number from 0"),
+        ({"nms_radius": True}, "nms_radius must be a whole number"),
+        ({"border": -1}, "border must be a whole number from 0"),
+        ({"border": "4"}, "border must be a whole number"),
+        ({"edge_gain": float("nan")}, "edge_gain must be a finite number"),
+        ({"edge_gain": [1]}, "edge_gain must be a finite number"),
+        ({"detection_threshold": None}, "detection_threshold must be a finite number"),
+        ({"subpixel": 1}, "subpixel must be True or False"),
+        ({"precision": ["fp32"]}, "precision must be one of"),
         ({"weights": "a", "network": SAMFeatNetwork(network_preset("default"))}, "not both"),
     ],
 )

@@ -11,39 +11,39 @@ import subprocess
 import sys
 import time
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
+from killable import Killable
+from killable_programs import build_store
 from PIL import Image
 from toys import LABELS, ToySource, ToyTeacher, tree_bytes
 
 from samfeat.pipelines.build_cache import build_cache
-from samfeat.pipelines.caching.cluster import Workers
-from samfeat.pipelines.caching.inputs import open_source
+from samfeat.pipelines.workers import Workers
+from samfeat.teacher_cache.sources import open_source
 from samfeat.teacher_cache.store import TeacherCache
-from samfeat.teacher_cache.verify import Problem, verify
+from samfeat.teacher_cache.store.verify import Problem, verify
 
 TESTS = Path(__file__).parent
 ITEMS = 40
 KILLS = 20
 
 
-def start(path: Path | str, *options: str, prefix: tuple[str, ...] = (), **environment: str) -> subprocess.Popen[str]:
-    command = [*prefix, sys.executable, str(TESTS / "driver.py"), str(path), f"items={ITEMS}", *options]
-    variables = os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"} | environment
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=variables)
+def start(path: Path, pause: float = 0.0, **options: int) -> Killable:
+    return Killable(partial(build_store, path=path, items=ITEMS, pause=pause, **options))
 
 
-def said(process: subprocess.Popen[str], word: str) -> bool:
+def said(process: Killable, word: str) -> bool:
     """Wait until a process says a word; False where it ends without."""
-    assert process.stdout
-    return any(word in line for line in process.stdout)
+    return any(word in text for text in iter(process.read, None))
 
 
 def build(path: Path, **options):
-    settings = {"labels": LABELS, "shard_images": 4, "workers": Workers(threads=2), "report": lambda _: None} | options
+    settings = {"labels": LABELS, "shard_images": 4, "workers": Workers(threads=2)} | options
     return build_cache(path, ToySource(ITEMS), ToyTeacher(), **settings)
 
 
@@ -52,6 +52,13 @@ def undisturbed(tmp_path_factory):
     path = tmp_path_factory.mktemp("undisturbed") / "a.zarr"
     build(path)
     return tree_bytes(path)
+
+
+def restore(path: Path, whole: dict[str, bytes]) -> None:
+    """Write the files of a store."""
+    for name, content in whole.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(content)
 
 
 def nothing_half_written_counts(path: Path, whole: dict[str, bytes]) -> int:
@@ -68,36 +75,35 @@ def nothing_half_written_counts(path: Path, whole: dict[str, bytes]) -> int:
     return cache.spec.shards - len(missing)
 
 
-@pytest.mark.slow
-def test_killed_at_random_moments(tmp_path, undisturbed):
+@pytest.mark.parametrize("kills", [3, pytest.param(KILLS, marks=pytest.mark.slow)])
+def test_killed_at_random_moments(tmp_path, undisturbed, kills):
     moments, path, deaths = random.Random(1), tmp_path / "a.zarr", 0
-    for _ in range(KILLS):
-        process = start(path, "pause=0.02")
+    for _ in range(kills):
+        process = start(path, pause=0.02)
         assert said(process, "started")
         time.sleep(moments.uniform(0, 0.15))
         process.kill()
         deaths += process.wait() == -signal.SIGKILL
         nothing_half_written_counts(path, undisturbed)
-    assert deaths >= KILLS / 2
+    assert deaths >= kills / 2
     build(path)
     assert tree_bytes(path) == undisturbed
 
 
-@pytest.mark.slow
-def test_workers_killed_at_random_moments(tmp_path, undisturbed):
+@pytest.mark.parametrize(("most", "least"), [(1, 1), pytest.param(KILLS, 3, marks=pytest.mark.slow)])
+def test_workers_killed_at_random_moments(tmp_path, undisturbed, most, least):
     moments, path, kills = random.Random(2), tmp_path / "a.zarr", 0
-    process = start(path, "pause=0.1", "workers=2", "shard_images=4")
+    process = start(path, pause=0.1, workers=2)
     assert said(process, "started")
-    while process.poll() is None and kills < KILLS:
+    while process.running and kills < most:
         time.sleep(moments.uniform(0.05, 0.3))
-        family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        family = psutil.Process(process.pid).children(recursive=True) if process.running else []
         workers = [child for child in family if "spawn_main" in " ".join(_command(child))]
         if workers:
             moments.choice(workers).kill()
             kills += 1
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    assert kills >= 3
+    assert process.wait() == 0
+    assert kills >= least
     assert tree_bytes(path) == undisturbed
 
 
@@ -111,12 +117,11 @@ def _command(process: psutil.Process) -> list[str]:
 def test_interrupted(tmp_path, undisturbed):
     path = tmp_path / "a.zarr"
     for _ in range(3):
-        process = start(path, "pause=0.01")
+        process = start(path, pause=0.01)
         assert said(process, "started")
         time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
-        process.communicate(timeout=60)
-        assert process.returncode not in (0, -signal.SIGKILL)
+        process.kill(signal.SIGINT)
+        assert process.wait(60) not in (0, -signal.SIGKILL)
         assert not (tmp_path / "a.zarr.locks").exists()
         nothing_half_written_counts(path, undisturbed)
     build(path)
@@ -129,7 +134,9 @@ def test_interrupted(tmp_path, undisturbed):
     else True,
     reason="makes a small file system of its own, which needs unshare and user namespaces",
 )
-@pytest.mark.parametrize("size", ["100k", "300k", "600k"])
+@pytest.mark.parametrize(
+    "size", [pytest.param("100k", marks=pytest.mark.slow), "300k", pytest.param("600k", marks=pytest.mark.slow)]
+)
 def test_a_full_disk(tmp_path, undisturbed, size):
     disk, kept = tmp_path / "disk", tmp_path / "kept"
     disk.mkdir()
@@ -137,10 +144,13 @@ def test_a_full_disk(tmp_path, undisturbed, size):
         f'mount -t tmpfs -o size={size} none {disk} && "$@"; code=$?; rm -rf {disk}/a.zarr.locks; '
         f"cp -r {disk} {kept}; exit $code"
     )
-    process = start(disk / "a.zarr", prefix=("unshare", "-rm", "sh", "-c", script, "sh"))
-    _, err = process.communicate(timeout=120)
-    assert process.returncode not in (0, None)
-    assert "No space left" in err
+    command = ["unshare", "-rm", "sh", "-c", script, "sh", sys.executable, str(TESTS / "build_toy_store.py")]
+    environment = os.environ | {"PYTHONPATH": str(TESTS)}
+    done = subprocess.run(
+        [*command, str(disk / "a.zarr"), f"items={ITEMS}"], capture_output=True, text=True, env=environment, timeout=300
+    )
+    assert done.returncode != 0
+    assert "No space left" in done.stderr
     if (kept / "a.zarr").exists():
         nothing_half_written_counts(kept / "a.zarr", undisturbed)
     build(kept / "a.zarr")
@@ -148,7 +158,7 @@ def test_a_full_disk(tmp_path, undisturbed, size):
 
 
 def test_moved_and_continued(tmp_path, undisturbed):
-    process = start(tmp_path / "a.zarr", "pause=0.01")
+    process = start(tmp_path / "a.zarr", pause=0.01)
     assert said(process, "started")
     time.sleep(0.3)
     process.kill()
@@ -161,26 +171,25 @@ def test_moved_and_continued(tmp_path, undisturbed):
 
 
 def test_two_runs_of_one_store(tmp_path, undisturbed):
-    process = start(tmp_path / "a.zarr", "pause=0.1")
+    process = start(tmp_path / "a.zarr", pause=0.1)
     assert said(process, "started")
     with pytest.raises(ValueError, match=f"is being written by process {process.pid} on "):
         build(tmp_path / "a.zarr")
-    assert process.wait(timeout=60) == 0
+    assert process.wait() == 0
     assert tree_bytes(tmp_path / "a.zarr") == undisturbed
 
 
 def test_parts_by_independent_processes(tmp_path, undisturbed):
-    processes = [start(tmp_path / "a.zarr", f"part={k},3") for k in range(3)]
+    processes = [start(tmp_path / "a.zarr", part=k, parts=3) for k in range(3)]
     for process in processes:
-        _, err = process.communicate(timeout=120)
-        assert process.returncode == 0, err
+        assert process.wait() == 0
     assert tree_bytes(tmp_path / "a.zarr") == undisturbed
 
 
 @pytest.mark.parametrize("name", ["image", "embedding", "groups", "edges", "masks", "keypoints", "name", "pair_points"])
-def test_a_flipped_bit_is_found_and_repaired(tmp_path, undisturbed, name):
+def test_a_flipped_bit_is_found_and_repaired(tmp_path, undisturbed, name, caplog):
     path = tmp_path / "a.zarr"
-    build(path)
+    restore(path, undisturbed)
     file = max(
         (path / name).rglob("c/3/*" if name not in ("name",) else "c/*"), key=lambda f: f.is_file() and f.stat().st_size
     )
@@ -190,14 +199,14 @@ def test_a_flipped_bit_is_found_and_repaired(tmp_path, undisturbed, name):
     data[len(data) // 2] ^= 16
     file.write_bytes(data)
     assert any(isinstance(found, Problem) for found in verify(TeacherCache.open(path)))
-    lines: list[str] = []
-    summary = build(path, repair=True, report=lines.append)
+    caplog.set_level("INFO", "samfeat")
+    summary = build(path, repair=True)
     assert 0 < summary.written <= 8
-    assert any("made again" in line for line in lines)
+    assert "made again" in caplog.text
     assert tree_bytes(path) == undisturbed
 
 
-def test_a_photo_that_turns_unreadable_is_listed_and_later_repaired(tmp_path, undisturbed):
+def test_a_photo_that_turns_unreadable_is_listed_and_later_tried_again(tmp_path, undisturbed):
     class Sick(ToySource):
         def item(self, k):
             if k == 7:
@@ -209,8 +218,7 @@ def test_a_photo_that_turns_unreadable_is_listed_and_later_repaired(tmp_path, un
     )
     assert [name for name, _ in summary.failures] == ["unreadable#7.0", "unreadable#7.1"]
     assert "Input/output error" in summary.failures[0][1]
-    assert build(tmp_path / "a.zarr").written == 0
-    summary = build(tmp_path / "a.zarr", repair=True)
+    summary = build(tmp_path / "a.zarr")
     assert (summary.written, summary.failures) == (4, [])
     assert tree_bytes(tmp_path / "a.zarr") == undisturbed
     with pytest.raises(OSError, match="Input/output error"):

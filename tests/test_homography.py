@@ -7,12 +7,17 @@ from scipy.ndimage import map_coordinates
 from scipy.stats import kstest, uniform
 
 from samfeat.pipelines.homography import (
+    STILL,
     HomographyConfig,
+    ViewConfig,
     photometric,
     rasterise,
+    relight,
     sample_homographies,
+    sample_views,
     warp,
     warp_points,
+    warp_smoothly,
     warp_targets,
 )
 
@@ -213,6 +218,150 @@ def test_images_points_and_targets_move_together():
         rows, columns = np.mgrid[: SIZE[0], : SIZE[1]]
         centroid = ((picture * columns).sum() / picture.sum(), (picture * rows).sum() / picture.sum())
         assert centroid == pytest.approx((x, y), abs=0.3)
+
+
+def shrinking(factor: float) -> torch.Tensor:
+    """The homography of an image made smaller by a factor, pixels taken as squares, as OpenCV's resize has it."""
+    scale, shift = 1 / factor, 0.5 / factor - 0.5
+    return torch.tensor([[[scale, 0, shift], [0, scale, shift], [0, 0, 1]]])
+
+
+def test_a_smooth_warp_that_does_not_shrink_is_that_of_opencv():
+    images = smooth(2, 3, SIZE)
+    turn = cv2.getRotationMatrix2D((31.5, 23.5), 25, 1.3)
+    homography = torch.from_numpy(np.vstack([turn, [0, 0, 1]])).float()
+    warped = warp_smoothly(images, homography.expand(2, 3, 3), (40, 56))
+    for image, mine in zip(images, warped):
+        expected = cv2.warpPerspective(
+            image.permute(1, 2, 0).numpy(), homography.double().numpy(), (56, 40), borderMode=cv2.BORDER_REFLECT
+        )
+        assert np.abs(expected - mine.permute(1, 2, 0).numpy()).max() < 0.5
+
+
+def test_a_smooth_warp_that_shrinks_does_not_alias():
+    noise = torch.from_numpy(np.random.default_rng(0).uniform(0, 255, (1, 1, 120, 150)).astype(np.float32))
+    area = cv2.resize(noise[0, 0].numpy(), (50, 40), interpolation=cv2.INTER_AREA)
+    smoothly = warp_smoothly(noise, shrinking(3), (40, 50))[0, 0].numpy()
+    sampled = warp(noise, shrinking(3))[0, 0, :40, :50].numpy()
+    inner = (slice(2, -2), slice(2, -2))
+    error, aliased = (np.sqrt(np.mean((picture - area)[inner] ** 2)) for picture in (smoothly, sampled))
+    assert aliased > 60  # a pixel in nine of white noise says little about the mean of the nine
+    assert error < 0.3 * aliased
+
+
+@pytest.mark.parametrize("factor", [1.0, 2.0, 3.0])
+def test_the_blur_of_a_smooth_warp_is_the_stated_gaussian(factor):
+    # a wave of 1/10 cycle a pixel keeps exp(-2 pi^2 sigma^2 f^2) of its height under a Gaussian of deviation sigma
+    wave = 100 * np.cos(2 * np.pi * 0.1 * np.arange(200))
+    image = torch.from_numpy(np.tile(wave, (200, 1)).astype(np.float32))[None, None]
+    centre = torch.tensor([[[1 / factor, 0, 20 - 100 / factor], [0, 1 / factor, 20 - 100 / factor], [0, 0, 1]]])
+    middle = warp_smoothly(image, centre, (40, 40))[0, 0, 20, 20]  # pixel 100, a crest
+    deviation = 0.5 * np.sqrt(factor**2 - 1)
+    assert middle.item() == pytest.approx(100 * np.exp(-2 * np.pi**2 * deviation**2 * 0.01), rel=0.02)
+
+
+def test_a_smooth_warp_leaves_no_empty_region():
+    warped = warp_smoothly(torch.full((1, 3, 32, 32), 90.0), translation(20, -9), (48, 64))
+    torch.testing.assert_close(warped, torch.full_like(warped, 90.0))
+
+
+VIEWS = ViewConfig(size=192, scale=3.0, rotation=np.pi, tilt=1.0, mild=0.0)
+CROP = (1000, 1200)  # so large that no window has to be moved
+
+
+def drawn_views(count: int = 400, *, config: ViewConfig = VIEWS, strength: float = 1.0, seed: int = 0, **part):
+    centres = torch.rand(2, count, 2, generator=seeded(99)) * torch.tensor([200.0, 100.0]) + torch.tensor(
+        [500.0, 450.0]
+    )
+    rows = part.get("rows", slice(None))
+    views = sample_views(centres[:, rows], CROP, generator=seeded(seed), config=config, strength=strength, **part)
+    return centres, views
+
+
+def jacobians(homographies: torch.Tensor, points: torch.Tensor) -> np.ndarray:
+    """Derivatives [b, 2, 2] at one point each, by OpenCV and central differences."""
+    found = []
+    for homography, (x, y) in zip(homographies.double().numpy(), points.double().numpy()):
+        around = np.float64([[[x + 0.1, y], [x - 0.1, y], [x, y + 0.1], [x, y - 0.1]]])
+        east, west, south, north = cv2.perspectiveTransform(around, homography)[0]
+        found.append(np.stack([east - west, south - north], axis=1) / 0.2)
+    return np.array(found)
+
+
+def test_both_windows_show_the_point_they_are_drawn_around_near_their_middle():
+    centres, views = drawn_views()
+    for side in (0, 1):
+        off = warp_points(centres[side, :, None], views[side])[:, 0] - 191 / 2
+        assert off.abs().max() <= 0.1 * 192 + 0.01
+        assert off.abs().max() > 0.09 * 192
+
+
+@pytest.mark.parametrize(("mild", "strength", "power"), [(0.0, 1.0, 1.0), (0.0, STILL, STILL), (1.0, 1.0, STILL)])
+def test_scale_rotation_and_tilt_lie_in_their_ranges_and_reach_their_ends(mild, strength, power):
+    config = ViewConfig(size=192, scale=3.0, rotation=np.pi, tilt=1.0, mild=mild)
+    centres, views = drawn_views(config=config, strength=strength)
+    left, right = (jacobians(views[side], centres[side]) for side in (0, 1))
+    squares = left.transpose(0, 2, 1) @ left
+    assert squares[:, 0, 0] == pytest.approx(squares[:, 1, 1], rel=1e-3)  # the left view is frontal
+    assert np.abs(squares[:, 0, 1] / squares[:, 0, 0]).max() < 1e-3
+    assert np.abs(np.arctan2(left[:, 1, 0], left[:, 0, 0])).max() < 0.15 + 1e-3  # and nearly upright
+
+    across = right @ np.linalg.inv(left)
+    singular = np.linalg.svd(across, compute_uv=False)
+    tilt = np.arccos(np.clip(singular[:, 1] / singular[:, 0], 0, 1))  # seen obliquely, one direction is foreshortened
+    assert 0.95 * power < tilt.max() < power + 0.01
+    ratio = np.log(singular[:, 0]) / np.log(3)
+    assert np.abs(ratio).max() < power + 0.01
+    assert ratio.min() < -0.9 * power
+    assert ratio.max() > 0.9 * power
+    u, _, v = np.linalg.svd(across)
+    turn = u @ v  # the rotation nearest to the derivative
+    angle = np.abs(np.arctan2(turn[:, 1, 0] - turn[:, 0, 1], turn[:, 0, 0] + turn[:, 1, 1]))
+    assert 0.9 * power * np.pi < angle.max() < power * np.pi + 0.01
+    assert np.median(angle) == pytest.approx(power * np.pi / 4, rel=0.25)  # the square of a uniform share
+
+
+def test_parts_of_the_processes_get_the_views_of_the_whole_batch():
+    _, whole = drawn_views(10)
+    for rows in (slice(0, 4), slice(4, 10)):
+        assert torch.equal(drawn_views(10, rows=rows, drawn=10)[1], whole[:, rows])
+
+
+def test_views_widen_over_the_stated_share_of_the_run():
+    config = ViewConfig(size=64, widen=0.4)
+    assert [config.strength(share) for share in (0.0, 0.2, 0.4, 1.0)] == pytest.approx([0.25, 0.625, 1.0, 1.0])
+    assert ViewConfig(size=64, widen=0.0).strength(0.0) == 1.0
+
+
+def test_relight_keeps_a_sixth_as_it_is_and_stays_in_range():
+    images = smooth(300, 3, (16, 16))
+    lit = relight(images, generator=seeded())
+    kept = (lit == images).flatten(1).all(1).float().mean()
+    assert kept == pytest.approx(1 / 6, abs=0.07)
+    assert lit.min() >= 0
+    assert lit.max() <= 255
+    assert torch.equal(lit, relight(images, generator=seeded()))
+
+
+def test_relight_of_a_part_is_that_of_the_whole():
+    images = smooth(8, 3, (24, 24))
+    whole = relight(images, generator=seeded(2))
+    rows = torch.tensor([1, 2, 6])
+    part = relight(images[rows], generator=seeded(2), rows=rows, drawn=8)
+    torch.testing.assert_close(part, whole[rows], rtol=0, atol=1e-3)
+
+
+def test_relight_has_the_stated_strength():
+    grey = torch.full((600, 3, 16, 16), 128.0)
+    lit = relight(grey, generator=seeded(1))
+    middle = lit.flatten(2).median(2).values
+    changed = (lit != grey).flatten(1).any(1)
+    spread = (middle.max(1).values - middle.min(1).values)[changed]
+    assert (spread > 10).float().mean() > 0.5  # the channels get gains of their own
+    assert (spread < 1).float().mean() == pytest.approx(0.1, abs=0.06)  # and 10 % no colour
+    brightness = middle.mean(1)[changed]
+    assert brightness.min() < 60
+    assert brightness.max() > 190
 
 
 def test_rasterise_rounds_half_to_even_and_drops_what_is_outside():

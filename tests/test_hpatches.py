@@ -1,24 +1,23 @@
-import json
 import os
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
+from samfeat.pipelines.evaluate import evaluate
 from samfeat.pipelines.evaluation.hpatches import (
     TOO_LARGE,
-    corner_error,
-    evaluate_hpatches,
+    FeatureCounts,
+    HPatches,
+    HPatchesResults,
     find_sequences,
-    match_accuracy,
-    match_errors,
-    mma,
 )
+from samfeat.pipelines.evaluation.protocol import read_results
 from samfeat.pipelines.features.formats import Features
-from samfeat.pipelines.features.methods import Method, load_method
+from samfeat.pipelines.features.methods import load_method
+from samfeat.pipelines.features.protocol import Method
 
 SHIFT = np.array([[1.0, 0, 20], [0, 1, -10], [0, 0, 1]])
 
@@ -65,36 +64,6 @@ FEATURES = {
 CURVE_20 = [0.5, 0.5, 0.5, 0.75, 0.75, 0.75, 0.75, 0.75, 0.75, 0.75]
 
 
-def test_errors_are_distances_in_the_second_image():
-    double = np.diag([2.0, 2.0, 1.0])
-    errors = match_errors(features_at([(1, 2), (3, 4)]), features_at([(2, 4), (9, 8)]), double)
-    assert errors.tolist() == [0, 3]
-    tensors = [{key: torch.as_tensor(v) for key, v in features_at(p).items()} for p in ([(1, 2)], [(2, 7)])]
-    assert match_errors(*tensors, torch.from_numpy(double).float().numpy()).tolist() == [3]
-
-
-def test_errors_divide_by_the_third_coordinate_and_survive_its_zero():
-    tilt = np.array([[1.0, 0, 0], [0, 1, 0], [-0.1, 0, 1]])
-    errors = match_errors(features_at([(5, 3), (10, 3)]), features_at([(10, 6), (0, 0)]), tilt)
-    assert errors[0] == pytest.approx(0)
-    assert errors[1] == np.inf
-
-
-def test_mma_is_the_mean_over_pairs_not_over_matches():
-    errors = [np.array([0.5]), np.array([0.2, 1.0, 1.00001, 9.0]), np.zeros(0)]
-    assert mma(errors, (1, 2, 10)) == pytest.approx([(1 + 2 / 4 + 0) / 3, (1 + 3 / 4) / 3, (1 + 1) / 3])
-    with pytest.raises(ValueError, match="at least one"):
-        mma([])
-
-
-def test_match_accuracy_of_one_pair():
-    score = match_accuracy(FEATURES[10], FEATURES[20], SHIFT)
-    assert score.accuracy.tolist() == CURVE_20
-    assert score.matches == 4
-    nothing = match_accuracy(FEATURES[10], FEATURES[0], SHIFT, (3,))
-    assert (nothing.accuracy.tolist(), nothing.matches) == ([0], 0)
-
-
 def test_the_protocol_in_closed_form(tmp_path):
     write_sequence(tmp_path / "data" / "i_light", [10, 20, 0], suffix=".ppm")
     write_sequence(tmp_path / "data" / "v_wall", [10, 30], suffix=".jpg")
@@ -102,23 +71,23 @@ def test_the_protocol_in_closed_form(tmp_path):
         write_sequence(tmp_path / "data" / name, [10, 30])
     (tmp_path / "data" / "notes").mkdir()
     method, asked = lookup(FEATURES)
-    results = evaluate_hpatches(tmp_path / "data", tmp_path / "out", method=method)
+    results = evaluate(HPatches(), tmp_path / "data", tmp_path / "out", method=method)
     assert asked == [10, 20, 0, 10, 30]
 
     curve = np.array(CURVE_20)
-    assert results["mma"]["illumination"] == pytest.approx(curve / 2)  # the pair without matches counts as 0
-    assert results["mma"]["viewpoint"] == pytest.approx(np.ones(10))
-    assert results["mma"]["all"] == pytest.approx((curve + 0 + 1) / 3)  # over pairs, not over subsets
-    assert results["auc5"]["illumination"] == pytest.approx((0.5 * 3 + 0.75 * 2) / 5 / 2)
-    assert results["auc5"]["viewpoint"] == pytest.approx(1)
-    assert results["matches"] == {"all": 2.0, "illumination": 2.0, "viewpoint": 2.0}
-    assert results["features"] == {"mean": (4 + 4 + 0 + 4 + 2) / 5, "min": 0, "max": 4}
-    assert [(p["sequence"], p["image"], p["matches"]) for p in results["pairs"]] == [
+    assert results.mma["illumination"] == pytest.approx(curve / 2)  # the pair without matches counts as 0
+    assert results.mma["viewpoint"] == pytest.approx(np.ones(10))
+    assert results.mma["all"] == pytest.approx((curve + 0 + 1) / 3)  # over pairs, not over subsets
+    assert results.auc5["illumination"] == pytest.approx((0.5 * 3 + 0.75 * 2) / 5 / 2)
+    assert results.auc5["viewpoint"] == pytest.approx(1)
+    assert results.matches == {"all": 2.0, "illumination": 2.0, "viewpoint": 2.0}
+    assert results.features == FeatureCounts(mean=(4 + 4 + 0 + 4 + 2) / 5, min=0, max=4)
+    assert [(p.sequence, p.image, p.matches) for p in results.pairs] == [
         ("i_light", 2, 4),
         ("i_light", 3, 0),
         ("v_wall", 2, 2),
     ]
-    assert json.loads((tmp_path / "out" / "lookup" / "results.json").read_text()) == results
+    assert read_results(tmp_path / "out" / "lookup" / "results.json", HPatchesResults) == results
     for name in ("matches.png", "keypoints.png"):
         assert Image.open(tmp_path / "out" / "lookup" / name).height >= 3 * 320  # three pairs
     assert (
@@ -127,31 +96,23 @@ def test_the_protocol_in_closed_form(tmp_path):
     )
 
 
-def test_corner_error_of_a_shift_is_its_length_and_of_a_scale_the_mean_over_corners():
-    assert corner_error(SHIFT, np.eye(3), (20, 30)) == pytest.approx(np.hypot(20, 10))
-    double = np.diag([2.0, 2.0, 1.0])
-    assert corner_error(double, np.eye(3), (4, 5)) == pytest.approx((0 + 4 + 3 + 5) / 4)
-    assert corner_error(3 * double, double, (4, 5)) == pytest.approx(0)  # homographies have no scale of their own
-    assert corner_error(None, SHIFT, (4, 5)) == np.inf
-
-
 def test_homographies_are_estimated_from_the_matches(tmp_path):
     """Exact matches give the true homography; with all of them 2 pixels to the right, every corner is 2 pixels off."""
     grid = [(x, y) for x in (3.0, 14.0, 27.0) for y in (2.0, 17.0)]
     moved = [(x + 20, y - 10) for x, y in grid]
     found = {10: features_at(grid), 20: features_at(moved), 30: features_at([(x + 2, y) for x, y in moved])}
     write_sequence(tmp_path / "data" / "wall", [10, 20, 30])
-    results = evaluate_hpatches(tmp_path / "data", tmp_path / "out", method=lookup(found)[0])
-    assert [p["corner_error"] for p in results["pairs"]] == pytest.approx([0, 2], abs=1e-3)
+    results = evaluate(HPatches(), tmp_path / "data", tmp_path / "out", method=lookup(found)[0])
+    assert [p.corner_error for p in results.pairs] == pytest.approx([0, 2], abs=1e-3)
     # recall: 1/2 from 0 on, rising to 1 at 2 pixels; nothing but the first pair counts at 1
-    assert results["homography_auc"]["all"] == pytest.approx([0.5, (2 * 0.75 + 1) / 3, (2 * 0.75 + 3) / 5], abs=1e-3)
+    assert results.homography_auc["all"] == pytest.approx([0.5, (2 * 0.75 + 1) / 3, (2 * 0.75 + 3) / 5], abs=1e-3)
     assert (tmp_path / "out" / "homography.png").stat().st_size > 0
 
 
 def test_names_without_a_prefix_have_no_subset(tmp_path):
     write_sequence(tmp_path / "data" / "graf", [10, 20])
-    results = evaluate_hpatches(tmp_path / "data", tmp_path / "out", method=lookup(FEATURES)[0])
-    assert results["mma"] == {"all": CURVE_20}
+    results = evaluate(HPatches(), tmp_path / "data", tmp_path / "out", method=lookup(FEATURES)[0])
+    assert results.mma == {"all": CURVE_20}
 
 
 def test_the_eight_large_sequences_are_left_out():
@@ -163,28 +124,28 @@ def test_the_eight_large_sequences_are_left_out():
 def test_predicts_once_and_refuses_what_has_changed(tmp_path):
     write_sequence(tmp_path / "data" / "wall", [10, 20])
     first, _ = lookup(FEATURES, threshold=1)
-    results = evaluate_hpatches(tmp_path / "data", tmp_path / "out", method=first)
+    results = evaluate(HPatches(), tmp_path / "data", tmp_path / "out", method=first)
 
     again, asked = lookup(FEATURES, threshold=1)
-    assert evaluate_hpatches(tmp_path / "data", tmp_path / "out", method=again) == results
+    assert evaluate(HPatches(), tmp_path / "data", tmp_path / "out", method=again) == results
     assert asked == []
 
     other, asked = lookup(FEATURES, threshold=2)
     with pytest.raises(ValueError, match="threshold 1 there, 2 here"):
-        evaluate_hpatches(tmp_path / "data", tmp_path / "out", method=other)
-    evaluate_hpatches(tmp_path / "data", tmp_path / "out", method=other, overwrite=True)
+        evaluate(HPatches(), tmp_path / "data", tmp_path / "out", method=other)
+    evaluate(HPatches(), tmp_path / "data", tmp_path / "out", method=other, overwrite=True)
     assert asked == [10, 20]
 
     cv2.imwrite(str(tmp_path / "data" / "wall" / "2.png"), np.full((20, 30, 3), 30, np.uint8))
     with pytest.raises(ValueError, match=r"2\.png has changed"):
-        evaluate_hpatches(tmp_path / "data", tmp_path / "out", method=other)
+        evaluate(HPatches(), tmp_path / "data", tmp_path / "out", method=other)
 
 
 def test_methods_share_a_table_and_a_figure_on_the_same_data_only(tmp_path):
     write_sequence(tmp_path / "data" / "wall", [10, 20])
-    evaluate_hpatches(tmp_path / "data", tmp_path / "out", method=lookup(FEATURES, "one")[0])
+    evaluate(HPatches(), tmp_path / "data", tmp_path / "out", method=lookup(FEATURES, "one")[0])
     single = (tmp_path / "out" / "mma.png").read_bytes()
-    evaluate_hpatches(tmp_path / "data", tmp_path / "out", method=lookup(FEATURES, "one")[0], name="two")
+    evaluate(HPatches(), tmp_path / "data", tmp_path / "out", method=lookup(FEATURES, "one")[0], name="two")
     rows = (tmp_path / "out" / "table.md").read_text().splitlines()
     assert [row.split("|")[1].strip() for row in rows] == ["method", "---", "one", "two"]
     assert (tmp_path / "out" / "mma.png").read_bytes() != single
@@ -192,11 +153,11 @@ def test_methods_share_a_table_and_a_figure_on_the_same_data_only(tmp_path):
     method, asked = lookup(FEATURES, "three")
     np.savetxt(tmp_path / "data" / "wall" / "H_1_2", np.eye(3))
     with pytest.raises(ValueError, match=r"other data \(one, two\)"):
-        evaluate_hpatches(tmp_path / "data", tmp_path / "out", method=method)
+        evaluate(HPatches(), tmp_path / "data", tmp_path / "out", method=method)
     np.savetxt(tmp_path / "data" / "wall" / "H_1_2", SHIFT)
     write_sequence(tmp_path / "data" / "more", [10, 20])
     with pytest.raises(ValueError, match="other data"):
-        evaluate_hpatches(tmp_path / "data", tmp_path / "out", method=method)
+        evaluate(HPatches(), tmp_path / "data", tmp_path / "out", method=method)
     assert asked == []
 
 
@@ -204,7 +165,7 @@ def test_an_unreadable_image_is_an_error_here(tmp_path):
     write_sequence(tmp_path / "data" / "wall", [10, 20])
     (tmp_path / "data" / "wall" / "2.png").write_bytes(b"")
     with pytest.raises(ValueError, match=r"2\.png is empty"):
-        evaluate_hpatches(tmp_path / "data", tmp_path / "out", method=lookup(FEATURES)[0])
+        evaluate(HPatches(), tmp_path / "data", tmp_path / "out", method=lookup(FEATURES)[0])
 
 
 def spoil_none(folder: Path) -> None:
@@ -243,10 +204,10 @@ def test_sift_on_real_sequences(tmp_path):
         pytest.skip(f"no photographs in {root}: set SAMFEAT_DATA to the folder that holds homography/oxford")
     for name in ("boat", "leuven"):
         (tmp_path / name).symlink_to((root / "oxford" / name).resolve())
-    results = evaluate_hpatches(tmp_path, tmp_path / "out", method=load_method("sift", max_keypoints=1000))
-    accuracy = {(p["sequence"], p["image"]): p["accuracy"][2] for p in results["pairs"]}
+    results = evaluate(HPatches(), tmp_path, tmp_path / "out", method=load_method("sift", max_keypoints=1000))
+    accuracy = {(p.sequence, p.image): p.accuracy[2] for p in results.pairs}
     assert len(accuracy) == 10
     assert accuracy["leuven", 2] > 0.8
     assert accuracy["boat", 2] > 0.7
-    assert results["mma"]["all"][2] > 0.5
-    assert results["matches"]["all"] > 300
+    assert results.mma["all"][2] > 0.5
+    assert results.matches["all"] > 300

@@ -9,8 +9,11 @@ import pytest
 import skimage.data
 from PIL import Image
 
-from samfeat.teacher_cache.images import FolderSource, MtldescSource, read_image
+from samfeat import images
+from samfeat.images import list_images, read_image
 from samfeat.teacher_cache.schema import POINTS
+from samfeat.teacher_cache.sources.folder import FolderSource
+from samfeat.teacher_cache.sources.mtldesc import MtldescSource
 
 CAT = skimage.data.chelsea()
 
@@ -296,6 +299,98 @@ def test_mtldesc_errors(tmp_path):
     write_mtldesc(tmp_path, order="xy", name="0000001", side=200)
     with pytest.raises(ValueError, match="400x200, but the first"):
         MtldescSource(tmp_path).item(1)
+
+
+# -- 16 bits of small range -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def said(caplog):
+    """What is logged about stretched images; the message comes once, so each test begins anew."""
+    images._stretched.filters[0].said = False
+    return caplog
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 4095), (7000, 7060), (40000, 40060), (0, 16383), (100, 900)])
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_few_bits_in_16_use_the_whole_range(said, low, high, kind):
+    grey = np.rint(np.linspace(low, high, 64 * 64)).astype(np.uint16).reshape(64, 64)
+    image = read_image(encoded(Image.fromarray(grey), kind), name="thermal.png")
+    levels = np.clip((grey - np.float64(low)) / (high - low) * 255, 0, 255)
+    assert np.abs(image[:, :, 0] - levels).max() <= 1 + 255 * 0.002  # 0.1 % at either end
+    assert (image.min(), image.max()) == (0, 255)
+    assert (image[:, :, :1] == image).all()
+    read_image(encoded(Image.fromarray(grey), kind), name="another.png")
+    assert [record.getMessage() for record in said.records] == [said.records[0].getMessage()]
+    assert "thermal.png: 16-bit values of" in said.text
+
+
+@pytest.mark.parametrize("bits", [12, 16])
+def test_colour_of_16_bits(said, bits):
+    photo = CAT.astype(np.uint16) << (bits - 8)
+    data = cv2.imencode(".png", photo[:, :, ::-1])[1].tobytes()
+    image = read_image(data)
+    if bits == 16:
+        assert np.abs(image.astype(int) - CAT).max() <= 1
+        assert not said.records
+    else:
+        low, high = np.percentile(CAT, (0.1, 99.9))
+        assert np.abs(image - np.clip((CAT - low) / (high - low) * 255, 0, 255)).max() <= 2
+        assert said.records
+
+
+def test_an_outlier_does_not_dim_a_thermal_image(said):
+    grey = np.random.default_rng(0).integers(7000, 7061, (100, 100)).astype(np.uint16)
+    grey[0, :3] = 65535  # dead pixels
+    image = read_image(encoded(Image.fromarray(grey), "PNG"))
+    assert image.std() > 60
+
+
+@pytest.mark.parametrize("value", [0, 1, 300, 65535])
+def test_one_value_everywhere(value):
+    image = read_image(encoded(Image.fromarray(np.full((8, 8), value, np.uint16)), "PNG"))
+    assert len(np.unique(image)) == 1
+
+
+# -- folders ----------------------------------------------------------------------------------------------------------
+
+
+def test_links_are_followed_once_and_what_is_not_read_is_named(tmp_path):
+    folder, elsewhere = tmp_path / "photos", tmp_path / "elsewhere"
+    for path in (folder / "a.jpg", folder / "sub" / "b.JPEG", elsewhere / "c.png", elsewhere / "deep" / "d.webp"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(CAT).save(path, "PNG")
+    (folder / "link").symlink_to(elsewhere)
+    (folder / "again").symlink_to(elsewhere / "deep")  # found through the other link too
+    (folder / "sub" / "loop").symlink_to(folder)
+    (folder / "0first").symlink_to(folder / "sub")  # its own name stays
+    (folder / "dangling").symlink_to(tmp_path / "absent")
+    for name in ("1.heic", "2.HEIC", "sub/x.cr2", "notes.txt", "README", ".hidden"):
+        (folder / name).write_bytes(b"x")
+    for name in ("e.gif", "f.jfif", "g.jp2"):
+        Image.fromarray(CAT).save(folder / name, {"e.gif": "GIF", "f.jfif": "JPEG", "g.jp2": "JPEG2000"}[name])
+    found = list_images(folder)
+    expected = ["a.jpg", "again/d.webp", "e.gif", "f.jfif", "g.jp2", "link/c.png", "sub/b.JPEG"]
+    assert found.images == expected
+    assert found.left_out == [
+        "left out 1 file of type .cr2, such as sub/x.cr2; convert to JPEG to use them",
+        "left out 2 files of type .heic, such as 1.heic; convert to JPEG to use them",
+        "left out 1 file of type .txt, such as notes.txt",
+        "left out 1 file without a type, such as README",
+    ]
+    assert FolderSource(folder, crop_size=(64, 64)).names == expected
+    assert FolderSource(folder, crop_size=(64, 64)).left_out == found.left_out
+    for name in expected:
+        assert read_image(folder / name).shape == CAT.shape
+
+
+def test_names_that_are_not_utf_8_are_left_out_and_named(tmp_path):
+    Image.fromarray(CAT).save(tmp_path / "a.png")
+    os.rename(tmp_path / "a.png", os.fsencode(tmp_path) + b"/\xff.png")
+    Image.fromarray(CAT).save(tmp_path / "b.png")
+    source = FolderSource(tmp_path, crop_size=(64, 64))
+    assert source.names == ["b.png"]
+    assert source.left_out == ["left out '\\udcff.png': its name is not UTF-8, rename it"]
 
 
 @pytest.mark.real

@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from plain import plain_extract, plain_maps
+from reference_network import plain_extract, plain_maps
 from torch.nn import functional as F
 
 from samfeat.student import inference
@@ -38,7 +38,7 @@ def seen(pixels):
     return (pixels.float() / 255 * 2 - 1).permute(0, 3, 1, 2).contiguous()
 
 
-CONFIGS = [*({"preset": name} for name in PRESETS), {"preset": "default", "edge_attention": "none"}]
+CONFIGS = [*({"preset": name} for name in PRESETS), {"preset": "default", "edge_attention": "row"}]
 CONFIGS += [{"preset": "default", "attention_source": "backbone"}, {"preset": "slim", "edge_attention": "row"}]
 
 
@@ -190,11 +190,11 @@ def test_a_compiler_that_fails_is_a_warning(monkeypatch):
         model.extract(image)
 
 
-@pytest.mark.slow
-def test_compiled_maps_are_the_same():
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_maps_are_the_same(backend):
     model, pixels = SAMFeat(network=build("slim")), batch()
     expected = model._fold().network(pixels)
-    model.compile()
+    model.compile(backend=backend)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.filterwarnings("ignore", "torch.compile failed")
         found = model._fold().run(pixels)

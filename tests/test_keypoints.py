@@ -1,4 +1,4 @@
-"""Detector labels: known corners, views, borders, the choice of the best, and repeatability by brute force."""
+"""Detector labels: known corners, views, borders, and the choice of the best."""
 
 import dataclasses
 import json
@@ -13,7 +13,6 @@ from samfeat.teacher_cache.keypoints import (
     adapt,
     opencv_detector,
     random_homography,
-    repeatability,
     transform,
 )
 from samfeat.teacher_cache.schema import MAX_KEYPOINTS
@@ -79,7 +78,8 @@ def test_a_flat_image_has_no_labels() -> None:
 def test_points_near_the_frame_are_not_believed() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (90, 120, 3)).astype(np.uint8)
     noise = cv2.GaussianBlur(noise, (0, 0), 1.5)
-    inner, outer = ((label(noise, border=border, homographies=0, max_keypoints=200)) for border in (6, 0))
+    options = {"homographies": 0, "threshold": 0.0, "max_keypoints": 200}
+    inner, outer = (label(noise, border=border, **options) for border in (6, 0))
     assert (inner[:, :2] >= 5.5).all()
     assert (inner[:, :2] <= (113.5, 83.5)).all()
     assert ((outer[:, :2] < 5.5) | (outer[:, :2] > (113.5, 83.5))).any()
@@ -92,7 +92,7 @@ def test_points_near_the_frame_take_no_votes() -> None:
     centres = np.array([(x, y) for x in (30, 60, 90) for y in (30, 60, 90)])
     for x, y in centres.tolist():
         image[y, x] = 150
-    points = label(image, homographies=0, border=8, max_keypoints=9)
+    points = label(image, homographies=0, threshold=0.0, border=8, max_keypoints=9)
     assert len(points) == 9
     assert distances(points, centres).min(axis=0).max() < 2
 
@@ -181,43 +181,3 @@ def test_unknown_names_and_numbers_are_refused() -> None:
 def test_the_config_is_json() -> None:
     config = LabelConfig(detector="sift")
     assert LabelConfig(**json.loads(json.dumps(dataclasses.asdict(config)))) == config
-
-
-def repeatability_by_hand(
-    points0: np.ndarray, points1: np.ndarray, homography: np.ndarray, size: tuple[int, int], radius: float
-) -> float:
-    hits = total = 0
-    for points, others, onward in ((points0, points1, homography), (points1, points0, np.linalg.inv(homography))):
-        back = np.linalg.inv(onward)
-        for point in points:
-            x, y = cv2.perspectiveTransform(point[None, None, :2].astype(float), onward)[0, 0]
-            if not (-0.5 <= x < size[1] - 0.5 and -0.5 <= y < size[0] - 0.5):
-                continue
-            total += 1
-            for other in others:
-                u, v = cv2.perspectiveTransform(other[None, None, :2].astype(float), back)[0, 0]
-                seen = -0.5 <= u < size[1] - 0.5 and -0.5 <= v < size[0] - 0.5
-                if seen and np.hypot(*(other[:2] - (x, y))) <= radius:
-                    hits += 1
-                    break
-    return hits / total
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_repeatability_is_counted_by_hand(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    size = (60, 80)
-    homography = random_homography(size, rng)
-    points0, points1 = rng.uniform(0, (79, 59), (40, 2)), rng.uniform(0, (79, 59), (30, 2))
-    expected = repeatability_by_hand(points0, points1, homography, size, 4)
-    assert 0 < expected < 1
-    assert repeatability(points0, points1, homography, size, radius=4) == pytest.approx(expected)
-
-
-def test_repeatability_of_perfect_absent_and_unseen_points() -> None:
-    points = np.array([[10.0, 10.0], [50.0, 20.0]])
-    shift = np.array([[1.0, 0, 30], [0, 1, 0], [0, 0, 1]])
-    assert repeatability(points, points, np.eye(3), (40, 60), radius=1) == 1
-    assert repeatability(points[:1], points[:1] + (30, 0), shift, (40, 60), radius=1) == 1
-    assert repeatability(points, np.zeros((0, 2)), np.eye(3), (40, 60)) == 0
-    assert np.isnan(repeatability(points[1:], np.zeros((0, 2)), shift, (40, 60)))

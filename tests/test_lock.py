@@ -5,26 +5,16 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import signal
 import socket
-import subprocess
-import sys
 import threading
 
 import pytest
+from killable import Killable
+from killable_programs import hold_store
 from upath import UPath
 
-from samfeat.teacher_cache import lock as lock_module
-from samfeat.teacher_cache.lock import lock_store
-
-HOLDER = """
-import sys, time
-from upath import UPath
-from samfeat.teacher_cache.lock import lock_store
-with lock_store(UPath(sys.argv[1])):
-    print("held", flush=True)
-    time.sleep(60)
-"""
+from samfeat.teacher_cache.store import lock as lock_module
+from samfeat.teacher_cache.store.lock import lock_store
 
 
 @pytest.fixture
@@ -35,8 +25,8 @@ def store(tmp_path):
 @pytest.fixture
 def holder(store):
     """Another process that holds the whole store."""
-    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(store)], stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "held\n"
+    process = Killable(hold_store, store)
+    assert process.read() == "held"
     yield process
     process.kill()
     process.wait()
@@ -61,20 +51,20 @@ def test_the_second_is_told_who_the_first_is(store, holder):
     assert len(files(store)) == 1
 
 
-def test_a_killed_owner_is_succeeded_at_once(store, holder):
-    holder.send_signal(signal.SIGKILL)
+def test_a_killed_owner_is_succeeded_at_once(store, holder, caplog):
+    caplog.set_level("INFO", "samfeat")
+    holder.kill()
     holder.wait()
-    said = []
-    with lock_store(store, report=said.append):
+    with lock_store(store):
         assert len(files(store)) == 1
-    assert f"process {holder.pid}" in said[0]
+    assert f"process {holder.pid}" in caplog.text
     assert not (store.parent / f"{store.name}.locks").exists()
 
 
 def test_another_process_with_the_number_of_a_dead_one_is_not_it(store):
     here = lock_module._here()
     elsewhere(store, **here | {"started": "another time"})
-    with lock_store(store, report=lambda _: None):
+    with lock_store(store):
         pass
     elsewhere(store, **here)
     with pytest.raises(ValueError, match=f"process {os.getpid()} "), lock_store(store):
@@ -82,7 +72,8 @@ def test_another_process_with_the_number_of_a_dead_one_is_not_it(store):
 
 
 @pytest.mark.parametrize("moment", [0, 1, 4_000_000_000])
-def test_an_owner_elsewhere_lives_while_its_number_grows_whatever_the_clocks_say(store, moment):
+def test_an_owner_elsewhere_lives_while_its_number_grows_whatever_the_clocks_say(store, moment, caplog):
+    caplog.set_level("INFO", "samfeat")
     path, stop = elsewhere(store, beat=0.4), threading.Event()
 
     def live():
@@ -101,10 +92,9 @@ def test_an_owner_elsewhere_lives_while_its_number_grows_whatever_the_clocks_say
         stop.set()
         thread.join()
     os.utime(path, (moment, moment))
-    said = []
-    with lock_store(store, report=said.append):
+    with lock_store(store):
         assert len(files(store)) == 1
-    assert "process 7 on elsewhere" in said[0]
+    assert "process 7 on elsewhere" in caplog.text
 
 
 def test_an_owner_whose_lock_cannot_be_read_for_a_moment_is_not_dead(store, monkeypatch):

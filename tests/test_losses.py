@@ -9,11 +9,21 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from eq8 import LargestTensor
+from reference_relation import LargestTensor
+from scipy.spatial.distance import cosine
 from skimage.measure import block_reduce
 from torch import Tensor
 
-from samfeat.student.losses import descriptor_loss, detection_loss, edge_loss, excluded_negatives, wsc_loss
+from samfeat.student.losses import (
+    LossConfig,
+    descriptor_loss,
+    detection_loss,
+    distillation_loss,
+    edge_loss,
+    excluded_negatives,
+    peak_detection_loss,
+    wsc_loss,
+)
 
 WSC_FORMS = ("released", "masked_infonce", "mean_softplus")
 
@@ -53,7 +63,7 @@ def grid_labels() -> Tensor:
 @pytest.mark.parametrize(("logit", "expected"), [(-5, 2.50), (0, 1.04), (5, 4.98), (20, 9.19)])
 def test_released_detection_loss_of_constant_maps(logit: float, expected: float) -> None:
     labels = grid_labels()
-    loss = detection_loss(torch.full((1, 1, 400, 400), float(logit)), labels, torch.ones_like(labels))
+    loss = detection_loss(torch.full((1, 1, 400, 400), float(logit)), labels, torch.ones_like(labels), form="released")
     assert loss.item() == pytest.approx(expected, abs=0.005)
 
 
@@ -63,7 +73,7 @@ def test_released_detection_loss_by_hand() -> None:
     labels = torch.tensor([[[1, 0]], [[1, 0]]], dtype=torch.uint8)
     mask = torch.tensor([[[1.0, 1.0]], [[0.5, 0.0]]])
     bit = -math.log(0.5001)
-    loss = detection_loss(torch.zeros(2, 1, 1, 2), labels, mask)
+    loss = detection_loss(torch.zeros(2, 1, 1, 2), labels, mask, form="released")
     assert loss.item() == pytest.approx((201 * bit / 3 + 100 * bit / 1.5) / 2, rel=1e-6)
 
 
@@ -103,7 +113,127 @@ def test_detection_loss_gradient(form: str) -> None:
     torch.autograd.gradcheck(lambda z: detection_loss(z, labels, mask, form=form), logits)
 
 
+def literal_peaks(logits, keypoints, mask, positive_weight, radius) -> tuple[float, float]:
+    """Both parts of the peak loss with loops over images, labels and pixels."""
+    certainties, positions = [], []
+    for z, points, seen in zip(logits, keypoints, mask):
+        height, width = z.shape
+        labels, weights = np.zeros_like(z), np.zeros_like(z)
+        surprise = amount = 0.0
+        for x, y, score in points:
+            left, top = math.floor(x), math.floor(y)
+            if score <= 0 or not (0 <= left < width - 1 and 0 <= top < height - 1):
+                continue
+            for row in (top, top + 1):
+                for column in (left, left + 1):
+                    share = (1 - abs(x - column)) * (1 - abs(y - row))
+                    labels[row, column] += share
+                    weights[row, column] += share * score
+            middle_x, middle_y = round(x), round(y)
+            rows = range(middle_y - radius, middle_y + radius + 1)
+            columns = range(middle_x - radius, middle_x + radius + 1)
+            if rows[0] < 0 or columns[0] < 0 or rows[-1] >= height or columns[-1] >= width:
+                continue
+            normaliser = math.log(sum(math.exp(z[r, c]) for r in rows for c in columns))
+            known = score * min(seen[r, c] for r in rows for c in columns)
+            for r in rows:
+                for c in columns:
+                    surprise += known * max(0, 1 - abs(x - c)) * max(0, 1 - abs(y - r)) * (normaliser - z[r, c])
+            amount += known
+        weights *= seen
+        positive = (weights * np.log1p(np.exp(-z))).sum()
+        negative = ((1 - np.minimum(labels, 1)) * seen * np.log1p(np.exp(z))).sum() / positive_weight
+        certainties.append((positive + negative) / max(weights.sum(), seen.sum() / 1000, 1))
+        if amount > 0:
+            positions.append(surprise / max(amount, 1))
+    return float(np.mean(certainties)), float(np.mean(positions))
+
+
+def peak_case(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Three maps of 13 x 17 pixels with nine labels each, some of them outside or without a score."""
+    rng = np.random.default_rng(seed)
+    keypoints = np.concatenate([rng.uniform(-1, (17, 13), (3, 9, 2)), rng.uniform(0.1, 1, (3, 9, 1))], axis=2)
+    keypoints[:, 0, :2] = np.round(keypoints[:, 0, :2].clip(3, 9))  # one on a pixel
+    keypoints[:, 1, 2] = 0
+    mask = np.ones((3, 13, 17))
+    mask[1, :, 8:], mask[2, 4] = 0, 0.5
+    return rng.normal(0, 2, (3, 13, 17)), keypoints.astype(np.float32), mask
+
+
+@pytest.mark.parametrize("radius", [1, 2])
+def test_peak_loss_equals_a_loop_over_labels_and_pixels(radius: int) -> None:
+    logits, keypoints, mask = peak_case()
+    expected = literal_peaks(logits, keypoints.astype(float), mask, 7.0, radius)
+    got = peak_detection_loss(
+        torch.from_numpy(logits)[:, None],
+        torch.from_numpy(keypoints),
+        torch.from_numpy(mask),
+        positive_weight=7.0,
+        radius=radius,
+    )
+    assert [part.item() for part in got] == pytest.approx(expected, rel=1e-5)
+
+
+def test_peak_loss_of_a_flat_map_in_closed_form() -> None:
+    # One label on a pixel of a 10 x 20 map of logit 0: ln 2 for it and for 199 pixels at a tenth; ln 25 in the window.
+    label = torch.tensor([[[9.0, 5.0, 1.0]]])
+    certainty, position = peak_detection_loss(
+        torch.zeros(1, 1, 10, 20), label, torch.ones(1, 10, 20), positive_weight=10
+    )
+    assert certainty.item() == pytest.approx(math.log(2) * (1 + 199 / 10), rel=1e-6)
+    assert position.item() == pytest.approx(math.log(25), rel=1e-6)
+    # A label between four pixels: the position is least where these four share the peak, at ln 4.
+    label = torch.tensor([[[8.5, 4.5, 1.0]]])
+    peak = torch.full((1, 1, 10, 20), -40.0)
+    peak[0, 0, 4:6, 8:10] = 40.0
+    _, position = peak_detection_loss(peak, label, torch.ones(1, 10, 20), positive_weight=10)
+    assert position.item() == pytest.approx(math.log(4), rel=1e-5)
+
+
+def test_peak_loss_gradient_and_saturation() -> None:
+    values, keypoints, mask = (torch.from_numpy(array) for array in peak_case(1))
+    logits = values[:, None].requires_grad_()
+    torch.autograd.gradcheck(lambda z: peak_detection_loss(z, keypoints, mask, positive_weight=5.0), logits)
+    for logit in (-1e4, 1e4):
+        flat = torch.full((3, 1, 13, 17), logit, requires_grad=True)
+        assert_finite_gradients(sum(peak_detection_loss(flat, keypoints, mask, positive_weight=5.0)), flat)
+
+
+def test_peak_loss_without_labels_or_pixels() -> None:
+    logits = torch.randn(1, 1, 9, 9, requires_grad=True)
+    none = torch.zeros(1, 4, 3)
+    certainty, position = peak_detection_loss(logits, none, torch.ones(1, 9, 9), positive_weight=10)
+    assert certainty.item() == pytest.approx(F.softplus(logits).sum().item() / 10, rel=1e-5)
+    assert position.item() == 0
+    label = torch.tensor([[[4.0, 4.0, 1.0]]])
+    unseen = peak_detection_loss(logits, label, torch.zeros(1, 9, 9), positive_weight=10)
+    assert_zero_with_gradient(unseen[0] + unseen[1], logits)
+
+
+def test_every_weight_zero_is_refused_in_one_line() -> None:
+    with pytest.raises(ValueError, match="every weight is 0") as error:
+        LossConfig(0, 0, 0, 0, 0)
+    assert "\n" not in str(error.value)
+
+
 # ------------------------------------------------------------------------------------------------------ descriptors
+
+
+def test_distillation_loss_is_scipys_cosine_distance() -> None:
+    rng = np.random.default_rng(4)
+    mine, teacher = unit(rng, 3, 5, 8), 3 * rng.standard_normal((3, 5, 8))
+    valid = np.array([[1, 1, 0, 1, 0], [0, 1, 1, 1, 1], [0, 0, 0, 0, 0]], bool)
+    pairs = [list(zip(mine[k][valid[k]], teacher[k][valid[k]])) for k in (0, 1)]  # the third image drops out
+    expected = np.mean([np.mean([cosine(a, b) for a, b in image]) for image in pairs])
+    got = distillation_loss(torch.from_numpy(mine), torch.from_numpy(teacher), torch.from_numpy(valid))
+    assert got.item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_distillation_loss_without_points_or_with_a_teacher_of_another_length() -> None:
+    mine = torch.ones(1, 2, 4, requires_grad=True)
+    assert_zero_with_gradient(distillation_loss(mine, torch.ones(1, 2, 4), torch.zeros(1, 2, dtype=torch.bool)), mine)
+    with pytest.raises(ValueError, match="differ in shape"):
+        distillation_loss(mine, torch.ones(1, 2, 6), torch.ones(1, 2, dtype=torch.bool))
 
 
 def test_excluded_negatives_by_hand() -> None:
@@ -532,6 +662,7 @@ def test_losses_compile_to_one_graph() -> None:
         losses += [wsc_loss(d0 * scale, a0, groups, excluded, form=form) for form in WSC_FORMS]
         losses += [edge_loss(predicted * scale, target, labels, pooling=p) for p in ("bilinear", "area", "max")]
         losses += [descriptor_loss(d0 * scale, d1, a0, a1, valid, excluded_negatives(d0[:, :, :2], valid))]
+        losses += peak_detection_loss(logits, 8 * d0[:2, :, :3].abs().float(), labels, positive_weight=10.0)
         return torch.stack([loss.double() for loss in losses]).sum()
 
     assert torch.isfinite(total(scale))

@@ -6,10 +6,11 @@ import pytest
 from skimage import data
 
 from samfeat.pipelines.extract import extract_folder
-from samfeat.pipelines.features.formats import FeatureFile
+from samfeat.pipelines.features.formats import FeatureFile, write_features
 from samfeat.pipelines.features.methods import load_method
-from samfeat.pipelines.match import estimate, match_images, match_pairs, mutual_matches, read_pairs
-from samfeat.pipelines.pictures.draw import draw_matches, inlier_colors
+from samfeat.pipelines.match import estimate, match_images, match_pairs, read_pairs
+from samfeat.pipelines.metrics import mutual_matches
+from samfeat.pipelines.pictures.draw import GREEN, MOST, draw_matches, inlier_colors
 
 HOMOGRAPHY = np.array([[0.9, 0.15, 10.0], [-0.12, 0.95, 30.0], [1e-4, -5e-5, 1.0]])
 
@@ -37,7 +38,7 @@ def test_homography_of_two_views(views, tmp_path, estimator):
     assert summary["keypoints0"] == 500
     assert 100 < summary["inliers"] < summary["matches"] < 500
     picture = cv2.imread(summary["picture"])
-    assert picture.shape[0] == 512
+    assert 512 < picture.shape[0] < 620  # a caption above
     assert picture.shape[1] >= 1024
 
 
@@ -48,10 +49,12 @@ def test_inliers_are_drawn_over_outliers(views, tmp_path, monkeypatch):
     )
     orb = load_method("orb", max_keypoints=200)
     summary = match_images(views / "0.png", views / "1.png", tmp_path / "m.png", method=orb)
-    assert (
-        seen["colors"].tolist()
-        == inlier_colors(np.arange(summary["matches"]) >= summary["matches"] - summary["inliers"]).tolist()
-    )
+    order = np.random.default_rng(0).permutation(summary["matches"])[:MOST]
+    assert len(seen["colors"]) == summary["drawn"] == len(order) <= 100
+    colors = seen["colors"].tolist()
+    right = colors.count(list(GREEN))
+    assert colors == inlier_colors(np.arange(len(colors)) >= len(colors) - right).tolist()
+    assert right / len(colors) == pytest.approx(summary["inliers"] / summary["matches"], abs=0.2)
 
 
 def test_a_ratio_keeps_fewer_and_better_matches(views):
@@ -81,14 +84,6 @@ def test_nothing_to_match_is_a_normal_result(views, tmp_path):
 def test_unknown_verification_is_refused(views):
     with pytest.raises(ValueError, match="none, fundamental, homography"):
         match_images(views / "0.png", views / "1.png", method=load_method("sift"), verify="essential")
-
-
-def test_mutual_matches_are_nearest_both_ways():
-    rng = np.random.default_rng(0)
-    a, b = rng.normal(size=(40, 8)).astype(np.float32), rng.normal(size=(30, 8)).astype(np.float32)
-    dots = a @ b.T
-    expected = [(i, j) for i in range(40) for j in range(30) if dots[i].argmax() == j and dots[:, j].argmax() == i]
-    assert mutual_matches({"descriptors": a}, {"descriptors": b}).tolist() == [list(pair) for pair in expected]
 
 
 @pytest.mark.parametrize("estimator", ["magsac", "poselib"])
@@ -198,7 +193,69 @@ def test_bad_pairs_are_refused_in_one_line(stored, views, tmp_path):
         with pytest.raises(ValueError, match=message) as caught:
             match_pairs(arguments.pop("features"), arguments.pop("output"), **arguments)
         assert "\n" not in str(caught.value)
-    for text in ("a.png\n", "a.png a.png\n", "a.png b.png\nb.png a.png\n"):
+    for text in ("a.png\n", "a.png a.png\n", "a.png b.png c.png\n", '"a.png b.png\n', "a.png\tb.png\tc.png\n"):
         (tmp_path / "pairs.txt").write_text(text)
         with pytest.raises(ValueError, match=r"pairs\.txt, line \d: two different"):
             read_pairs(tmp_path / "pairs.txt")
+
+
+def test_lists_of_pairs_as_people_write_them(tmp_path):
+    text = "\ufeff# retrieval\na.png b.png\nb.png a.png\n\n a.png  b.png \nc d.png\te.png\r\n\"c d.png\" 'f g.png'\n"
+    (tmp_path / "pairs.txt").write_bytes(text.encode())
+    assert read_pairs(tmp_path / "pairs.txt") == [
+        ("a.png", "b.png"),
+        ("c d.png", "e.png"),
+        ("c d.png", "f g.png"),
+    ]
+    (tmp_path / "pairs.txt").write_bytes(b"\xff\xfe\x00a")
+    with pytest.raises(ValueError, match=r"pairs\.txt is not a text file"):
+        read_pairs(tmp_path / "pairs.txt")
+
+
+def test_names_that_hloc_cannot_tell_apart_are_refused_before_matching(tmp_path, monkeypatch):
+    with h5py.File(tmp_path / "f.h5", "w") as file:
+        for name in ("cam/1.jpg", "cam-1.jpg", "x.jpg"):
+            features = {"keypoints": np.zeros((1, 2)), "descriptors": np.ones((1, 4)), "image_size": np.ones(2)}
+            write_features(file, name, features)
+    monkeypatch.setattr("samfeat.student.matching.match", lambda *_, **__: pytest.fail("matched before the check"))
+    with pytest.raises(ValueError, match=r"cam-1\.jpg x\.jpg and cam/1\.jpg x\.jpg have one name") as caught:
+        match_pairs(tmp_path / "f.h5", tmp_path / "m.h5")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "m.h5").exists()
+
+
+def test_an_output_that_is_an_input_is_refused(tmp_path, stored, views):
+    before = stored.read_bytes()
+    (tmp_path / "link.h5").symlink_to(stored)
+    (tmp_path / "hard.h5").hardlink_to(stored)
+    for output in (stored, tmp_path / "link.h5", tmp_path / "hard.h5"):
+        with pytest.raises(ValueError, match="is an input"):
+            match_pairs(stored, output, overwrite=True)
+    first = next(path for path in sorted(views.iterdir()) if path.suffix == ".png")
+    for output in ({"output": first}, {"maps": first}):
+        with pytest.raises(ValueError, match="is an input"):
+            match_images(first, first, method=load_method("sift"), **output)
+    with pytest.raises(ValueError, match="are one file"):
+        match_images(first, first, tmp_path / "m.png", maps=tmp_path / "m.png", method=load_method("sift"))
+    assert stored.read_bytes() == before
+
+
+@pytest.mark.parametrize("verify", ["none", "fundamental"])
+def test_coordinates_of_matches_in_files(views, tmp_path, verify):
+    first, second = sorted(views.glob("*.png"))[:2]
+    found = match_images(first, second, tmp_path / "m.npz", method=load_method("sift"), verify=verify)
+    assert (found["picture"], found["drawn"]) == (None, 0)
+    stored = np.load(tmp_path / "m.npz")
+    assert stored["points0"].shape == stored["points1"].shape == (found["matches"], 2)
+    assert found["matches"] > 8
+    match_images(first, second, tmp_path / "m.csv", method=load_method("sift"), verify=verify)
+    header, *lines = (tmp_path / "m.csv").read_text().splitlines()
+    rows = np.array([line.split(",") for line in lines], np.float64)
+    np.testing.assert_allclose(rows[:, :4], np.hstack([stored["points0"], stored["points1"]]), atol=6e-4)
+    if verify == "none":
+        assert (header, "inliers" in stored) == ("x0,y0,x1,y1", False)
+    else:
+        assert header == "x0,y0,x1,y1,inlier"
+        assert rows[:, 4].sum() == stored["inliers"].sum() == found["inliers"]
+    with pytest.raises(ValueError, match=r"ends in \.png or \.npz or \.csv"):
+        match_images(first, second, tmp_path / "m.jpg", method=load_method("sift"))

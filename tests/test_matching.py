@@ -134,7 +134,7 @@ def test_memory_is_a_block_whatever_the_number_of_features():
         (features(np.zeros(8)), features(np.zeros((2, 8))), None, r"features0 must be a float.*\[N, D\].*\[8\]"),
         (features(np.zeros((2, 8))), features([[1.0]]), None, "features1 must be a float.*got list"),
         (features(np.zeros((2, 8))), features(np.zeros((2, 8), np.uint8)), None, "got torch.uint8"),
-        (features(np.zeros((2, 8))), features(np.zeros((2, 4))), None, "one width, got 8 and 4"),
+        (features(np.zeros((2, 8))), features(np.zeros((2, 4))), None, "one length, got 8 and 4"),
         (features(np.full((2, 8), np.nan)), features(np.zeros((2, 8))), None, "must be finite"),
         (features(np.zeros((2, 8))), features(np.zeros((2, 8))), 1.2, "ratio must lie in"),
         (features(np.zeros((2, 8))), features(np.zeros((2, 8))), 0.0, "ratio must lie in"),

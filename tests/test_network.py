@@ -68,8 +68,33 @@ def test_parameter_counts(meta):
     assert count("scalemap") == 10
     assert count("conv_des") == 442_496
     assert count("conv_det") == 385
-    assert sum(value.numel() for value in build("default").parameters()) == 2_109_652 - 385
-    assert sum(value.numel() for value in build(edge_attention="none").parameters()) == 2_109_652 - 385 - 443_520
+    trained = 2_109_652 - 385
+    assert sum(value.numel() for value in build("paper").parameters()) == trained
+    assert sum(value.numel() for value in build("paper", edge_attention="none").parameters()) == trained - 443_520
+
+
+# (input channels, output channels, side of the kernel, stride of the map) of every convolution of the default network
+DEFAULT_LAYERS = [
+    *((3, 16, 3, 1), (16, 16, 3, 1), (16, 32, 3, 2), (32, 32, 3, 2)),  # the backbone
+    *((32, 64, 3, 4), (64, 64, 3, 4), (64, 128, 3, 8), (128, 128, 3, 8)),
+    *((128, 256, 3, 8), (256, 128, 3, 8)),  # the distillation head and its way back
+    *((16, 1, 3, 1), (32, 1, 3, 2), (64, 1, 3, 4), (128, 1, 3, 8)),  # the detection heads
+    *((240, 1, 1, 4), (1, 1, 3, 4)),  # edges, attention
+    *((240, 64, 1, 4), (64, 128, 3, 4)),  # the bottleneck and the descriptors
+]
+
+
+def test_the_default_network_is_as_large_and_as_costly_as_its_layers():
+    parameters = sum(cin * cout * side**2 + cout for cin, cout, side, _ in DEFAULT_LAYERS) + 4  # the fusion weights
+    assert sum(value.numel() for value in build("default").parameters()) == parameters == 975_427
+    with torch.device("meta"):
+        network = SAMFeatNetwork(network_preset("default"))
+    with FlopCounterMode(display=False) as counter:
+        output = network(torch.empty(1, 3, 480, 640, device="meta"))
+    expected = sum(2 * cin * cout * side**2 * 480 * 640 // stride**2 for cin, cout, side, stride in DEFAULT_LAYERS)
+    assert counter.get_total_flops() == expected
+    assert output.descriptors.shape == (1, 128, 120, 160)
+    assert output.distilled.shape == (1, 256, 60, 80)
 
 
 @pytest.mark.parametrize(
@@ -110,6 +135,12 @@ def test_config_names_wrong_widths(widths):
         NetworkConfig(widths=widths)
 
 
+@pytest.mark.parametrize("channels", [-1, 2.5, "64"])
+def test_config_names_a_wrong_bottleneck(channels):
+    with pytest.raises(ValueError, match="descriptor_bottleneck must be a number of channels"):
+        NetworkConfig(descriptor_bottleneck=channels)
+
+
 def test_widths_may_come_as_a_list_from_a_file():
     assert NetworkConfig(widths=[64, 64, 128, 128]) == NetworkConfig()
 
@@ -138,7 +169,7 @@ def traced(request):
         return hook
 
     for name, module in network.named_modules():
-        if name in CONVOLUTIONS or name == "egde_module":
+        if name in CONVOLUTIONS or name in ("egde_module", "conv_bottleneck"):
             module.register_forward_hook(record(name))
     with torch.no_grad():
         output = network(images())
@@ -203,18 +234,26 @@ def test_detection_heads(traced):
     for head, values in enumerate((c1, c2, c3 * edges + c3, fused_c4), start=1):
         close(seen[f"heatmap{head}"][0], values)
         close(output.head_logits[head - 1][0], seen[f"heatmap{head}"][1])
-    expected = sum(0.1 * k * upsampled(seen[f"heatmap{k}"][1], 32, 48) for k in (1, 2, 3, 4))
+    shares = [0.4, 0.3, 0.2, 0.1] if network.config.initialisation == "stable" else [0.1, 0.2, 0.3, 0.4]
+    expected = sum(share * upsampled(seen[f"heatmap{k}"][1], 32, 48) for k, share in enumerate(shares, start=1))
     close(output.heatmap[0].numpy(), expected)
     weights = [getattr(network, f"fuse_weight_{k}").item() for k in (1, 2, 3, 4)]
-    assert weights == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    assert weights == pytest.approx(shares)
 
 
 def test_edge_attention_descriptors_and_attention_map(traced):
     network, output, seen = traced
     features, edges = seen["conv_edg"][0], output.edges[0].numpy()
-    close(seen["egde_module"][0], features * edges)
-    fused = features + seen["egde_module"][1]
-    close(seen["conv_des"][0], fused)
+    fused = features
+    if network.config.edge_attention != "none":
+        close(seen["egde_module"][0], features * edges)
+        fused = features + seen["egde_module"][1]
+    if network.config.descriptor_bottleneck:
+        close(seen["conv_bottleneck"][0], fused)
+        close(seen["conv_des"][0], relu(seen["conv_bottleneck"][1]))
+        assert seen["conv_des"][0].shape[0] == network.config.descriptor_bottleneck
+    else:
+        close(seen["conv_des"][0], fused)
     close(output.descriptors[0], seen["conv_des"][1])
     if network.config.attention_source == "backbone":
         fused = reference_concatenation(*reference_levels(seen)[:4])
@@ -222,10 +261,12 @@ def test_edge_attention_descriptors_and_attention_map(traced):
     close(output.attention[0], np.log1p(np.exp(seen["scalemap"][1])))
 
 
-def test_without_edge_attention_the_features_pass_through():
-    network = build(edge_attention="none")
+@pytest.mark.parametrize("preset", ["paper", "default"])
+def test_without_edge_attention_the_features_pass_through(preset):
+    network = build(preset, edge_attention="none")
     seen = []
-    network.conv_des.register_forward_hook(lambda _, inputs, output: seen.append(inputs[0]))
+    head = network.conv_bottleneck or network.conv_des
+    head.register_forward_hook(lambda _, inputs, output: seen.append(inputs[0]))
     network.conv_edg.register_forward_hook(lambda _, inputs, output: seen.append(inputs[0]))
     network(images())
     assert torch.equal(seen[0], seen[1])
@@ -304,14 +345,17 @@ def test_released_initialisation():
             assert float(bias.std()) == pytest.approx(bound / math.sqrt(3), rel=0.3), name
 
 
-def test_stable_initialisation_differs_in_the_one_channel_heads_only():
+def test_stable_initialisation_differs_in_the_one_channel_heads_and_their_shares_only():
     released, stable = (
         build("released", unused_head=False),
         build("released", unused_head=False, initialisation="stable"),
     )
     for name, value in released.state_dict().items():
         same = torch.equal(value, stable.state_dict()[name])
-        assert same == (name.split(".")[0] not in ONE_CHANNEL_HEADS), name
+        assert same == (not name.startswith((*ONE_CHANNEL_HEADS, "fuse_weight"))), name
+    assert [stable.get_parameter(f"fuse_weight_{k}").item() for k in (1, 2, 3, 4)] == pytest.approx(
+        [0.4, 0.3, 0.2, 0.1]
+    )
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -47,8 +47,14 @@ def exported(request, tmp_path_factory):
 
 
 def run(path, image):
+    """Outputs for one image, of the four that have a row a keypoint without the axis of the batch."""
+    found = run_batch(path, image[None])
+    return {key: values[0] if key in OUTPUTS[:4] else values for key, values in found.items()}
+
+
+def run_batch(path, images):
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    return dict(zip(OUTPUTS, session.run(list(OUTPUTS), {"image": image[None].numpy()})))
+    return dict(zip(OUTPUTS, session.run(list(OUTPUTS), {"image": images.numpy()})))
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -63,6 +69,22 @@ def test_equals_the_extractor_at_any_size(exported, size):
     np.testing.assert_allclose(found["descriptors"][:count], wanted["descriptors"], atol=1e-4)
     for key in ("keypoints", "scores", "descriptors"):
         assert not found[key][count:].any()
+
+
+@pytest.mark.parametrize("count", [2, 5])
+@pytest.mark.parametrize("size", [(70, 90), (120, 161)])
+def test_a_batch_is_its_images_one_by_one(exported, size, count):
+    extractor, path = exported
+    photos = [photo(*size), photo(*size).flip(2), torch.zeros(3, *size), photo(*size).flip(1), 1 - photo(*size)]
+    found = run_batch(path, torch.stack(photos[:count]))
+    assert found["keypoints"].shape == (count, K, 2)
+    for number, image in enumerate(photos[:count]):
+        for key, values in run_batch(path, image[None]).items():
+            np.testing.assert_allclose(found[key][number], values[0], atol=1e-5, err_msg=f"{key} of {number}")
+        if image.any():  # a black image is full of ties
+            wanted = extractor.extract(image)["keypoints"]
+            np.testing.assert_allclose(found["keypoints"][number][found["valid"][number]], wanted, atol=5e-3)
+    assert not np.array_equal(found["keypoints"][0], found["keypoints"][1])
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -90,18 +112,19 @@ def test_nothing_to_see_is_all_padding(exported):
 
 
 def test_the_file_says_what_it_is_and_nothing_of_this_machine(exported):
-    _, path = exported
+    extractor, path = exported
     model = onnx.load(path)
     onnx.checker.check_model(model)
     assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 20)]
     values = json.loads({entry.key: entry.value for entry in model.metadata_props}[FORMAT])
     assert values["keypoints"] == values["extraction"]["max_keypoints"] == K
     assert values["provenance"] == {"data": "noise"}
-    assert values["network"]["edge_attention"] == "row"
+    assert values["network"]["edge_attention"] == extractor.network.config.edge_attention
+    assert values["network"]["widths"] == list(extractor.network.config.widths)
     assert b".py" not in path.read_bytes()
     assert [entry.name for entry in model.graph.output] == list(OUTPUTS)
     sides = [dimension.dim_param for dimension in model.graph.input[0].type.tensor_type.shape.dim]
-    assert sides == ["", "", "height", "width"]
+    assert sides == ["batch", "", "height", "width"]
 
 
 def test_a_foreign_model_is_refused_in_one_line(tmp_path):

@@ -17,8 +17,10 @@ def test_the_best_keypoints_are_drawn_whatever_their_order():
     features = {"keypoints": np.concatenate([weak, strong])[order], "scores": scores[order]}
     ((title, picture),) = feature_tiles(GREY, features)
     assert title == f"{2 * SHOWN} keypoints, the best {SHOWN} drawn, scores 0.5 to 0.9"
+    picture, scale = picture[:, : 2 * LEAST], picture[:, 2 * LEAST :]
     assert (picture[: LEAST // 2] == 128).all()
     assert (picture[LEAST // 2 :] != 128).any(axis=-1).mean() > 0.05
+    assert scale.shape[1] > 20
 
 
 def test_small_images_are_enlarged_and_their_keypoints_with_them():
@@ -41,8 +43,9 @@ def test_maps_lie_over_the_image_at_its_size():
     tiles = feature_tiles(GREY, {"keypoints": np.zeros((0, 2)), "scores": np.zeros(0)}, dict.fromkeys(MAPS, ramp))
     assert [title for title, _ in tiles[1:]] == ["heat-map: 0 to 1", "attention: 0 to 1", "edges: 0 to 1"]
     for _, picture in tiles[1:]:
-        assert picture.shape == GREY.shape
-        brightness = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY).astype(int)
+        assert picture.shape[0] == GREY.shape[0]
+        assert picture.shape[1] > GREY.shape[1]  # the scale of the colours beside it
+        brightness = cv2.cvtColor(picture[:, : GREY.shape[1]], cv2.COLOR_RGB2GRAY).astype(int)
         assert (np.diff(brightness[LEAST // 2]) >= -3).all()  # these colour maps grow brighter
         assert brightness[:, -1].mean() > brightness[:, 0].mean() + 60
     assert panel([tiles]).ndim == 3

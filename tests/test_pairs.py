@@ -2,6 +2,7 @@ import os
 import pickle
 import shutil
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import cv2
@@ -9,10 +10,10 @@ import h5py
 import numpy as np
 import pytest
 
-from samfeat.pipelines.sources.correspondences import DEPTH_TOLERANCE, correspondences
-from samfeat.pipelines.sources.megadepth import read_scene_info
-from samfeat.pipelines.sources.pairs import MIN_VALID, MegaDepthSource
 from samfeat.teacher_cache.schema import POINTS
+from samfeat.teacher_cache.sources.correspondences import DEPTH_TOLERANCE, correspondences
+from samfeat.teacher_cache.sources.megadepth import MegaDepthSource, read_depth, read_scene_info
+from samfeat.teacher_cache.sources.pairs import MIN_VALID
 
 SIZE = (120, 160)
 PLANE = np.array([0.2, -0.1, 1.0, -6.0])  # n . X + d = 0 in the world; six units away
@@ -435,6 +436,22 @@ def test_bad_depth_is_named(root, how):
     with pytest.raises(ValueError, match=r"/[012]\.h5") as error:
         open_source(root).item(0)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("how", ["huge", "flipped"])
+def test_damaged_headers_of_depth_are_one_line(root, how):
+    path = root / DEPTHS / "0.h5"
+    if how == "huge":  # a header that claims 10^12 pixels, of which none is stored
+        with h5py.File(path, "w") as file:
+            file.create_dataset("depth", shape=(10**6, 10**6), dtype="f4", chunks=(64, 64))
+        with pytest.raises(ValueError, match="1000000x1000000 is more than"):
+            read_depth(path)
+        return
+    data, rng = path.read_bytes(), np.random.default_rng(0)
+    for bit in rng.integers(8 * 2048, size=300):
+        path.write_bytes(data[: bit // 8] + bytes([data[bit // 8] ^ 1 << bit % 8]) + data[bit // 8 + 1 :])
+        with suppress(ValueError):  # and nothing else
+            read_depth(path)
 
 
 def test_bad_folders(tmp_path):

@@ -1,5 +1,7 @@
+import importlib.util
 import json
 import os
+import random
 from pathlib import Path
 
 import cv2
@@ -10,18 +12,24 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from samfeat.pipelines.evaluate import predict
-from samfeat.pipelines.evaluation.hpatches import match_errors
+from samfeat.pipelines.evaluation.protocol import Job, predict
 from samfeat.pipelines.extract import extract_images
 from samfeat.pipelines.features.formats import Features
-from samfeat.pipelines.features.methods import load_method
-from samfeat.pipelines.features.peers import PEERS, choose_device
+from samfeat.pipelines.features.methods import PEERS, load_method
+from samfeat.pipelines.features.protocol import choose_device
+from samfeat.pipelines.metrics import match_errors
 
 FILES = {
     "aliked": ("aliked-n16rot.pth", "aliked-n32.pth"),
     "disk": ("disk-depth-save.pth",),
     "xfeat": ("xfeat.pt",),
 }
+
+spec = importlib.util.spec_from_file_location("damage", Path(__file__).parent / "fuzz" / "damage.py")
+assert spec is not None
+assert spec.loader is not None
+damage = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(damage)
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +167,8 @@ def hloc_features(number: int = 5, dtype: type = np.float16) -> dict[str, np.nda
 
 def reader(path: Path, *names: str, max_keypoints: int | None = None):
     method = load_method(str(path), max_keypoints=max_keypoints)
-    return predict({name: Path(name) for name in names}, path.parent / "unused.h5", method=method)
+    job = Job(data=path, output=path.parent, method=method, name="unused")
+    return predict(job, {name: Path(name) for name in names})
 
 
 def test_features_made_elsewhere_are_read_by_name(tmp_path):
@@ -174,7 +183,24 @@ def test_features_made_elsewhere_are_read_by_name(tmp_path):
     order = np.argsort(-stored["scores"])[:2]
     assert best["keypoints"] == pytest.approx(stored["keypoints"][order])
     assert best["scores"].tolist() == [4, 3]
-    assert not (tmp_path / "unused.h5").exists()
+    assert not (tmp_path / "unused").exists()
+
+
+def test_names_may_lack_the_folder_of_their_scene_in_the_file(tmp_path):
+    """As ``extract church/`` names them, where an evaluation of the scenes beside each other says church/a.jpg."""
+    stored = hloc_features()
+    path = write_h5(tmp_path / "f.h5", {"a.jpg": stored, "in/b.jpg": hloc_features(3), "tower/c.jpg": hloc_features(4)})
+    read = reader(path, "church/a.jpg", "church/in/b.jpg")
+    assert read("church/a.jpg")["keypoints"] == pytest.approx(stored["keypoints"])
+    assert len(read("church/in/b.jpg")["keypoints"]) == 3
+    read = reader(path, "church/a.jpg", "castle/in/b.jpg", "tower/c.jpg")  # of three scenes, each name once
+    assert [len(read(name)["keypoints"]) for name in ("church/a.jpg", "castle/in/b.jpg", "tower/c.jpg")] == [5, 3, 4]
+    for names in (("church/a.jpg", "tower/a.jpg"), ("a.jpg", "tower/a.jpg")):  # which of them is a.jpg?
+        with pytest.raises(ValueError, match=r"has features of 'a\.jpg', which may be '.*/a\.jpg' or ") as caught:
+            reader(path, *names)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"no features of 1 of 2 images, the first is 'church/c\.jpg'"):
+        reader(path, "church/a.jpg", "church/c.jpg")
 
 
 def test_a_file_of_ours_reads_back_as_it_was(tmp_path, photo):
@@ -207,6 +233,40 @@ def test_feature_files_that_do_not_fit_are_refused_in_one_line(tmp_path):
     (tmp_path / "text.h5").write_text("no HDF5")
     with pytest.raises(OSError, match="not an HDF5 file"):
         load_method(str(tmp_path / "text.h5"))
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        ("a.jpg", h5py.ExternalLink("nowhere.h5", "/"), "is damaged"),
+        ("a.jpg", np.float32(1), "no features of 1 of 1 images"),
+        ("a.jpg", h5py.Empty("f"), "no features of 1 of 1 images"),
+        ("a.jpg/scores", np.float32(1), r"scores \(\) of the 5 keypoints of 'a\.jpg'"),
+        ("a.jpg/scores", np.zeros((3, 2)), r"scores \(3, 2\) of the 5 keypoints of 'a\.jpg'"),
+        ("a.jpg/descriptors", h5py.Empty("f"), "descriptors are not numbers"),
+    ],
+)
+def test_strange_entries_of_feature_files_are_refused_in_one_line(tmp_path, place, value, message):
+    path = write_h5(tmp_path / "f.h5", {"a.jpg": hloc_features()})
+    with h5py.File(path, "r+") as file:
+        del file[place]
+        file[place] = value
+    with pytest.raises((ValueError, OSError), match=message) as caught:
+        reader(path, "a.jpg")("a.jpg")
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("seed", [5, 9, 45, 50, 63, 66, 67, 70, 71, 73, 78, 107, 111, 131, 133, 138, 141, 147])
+def test_damaged_feature_files_are_refused_in_one_line(tmp_path, seed):
+    rng = random.Random(seed)
+    path = write_h5(tmp_path / "f.h5", {f"{k}.jpg": hloc_features(k + 5) for k in range(3)})
+    (damage.damage_file if rng.random() < 0.4 else damage.damage_hdf5)(path, rng)
+    names = [f"church/{k}.jpg" for k in range(3)]
+    with pytest.raises((ValueError, OSError)) as caught:
+        list(map(reader(path, *names), names))
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
 
 
 @pytest.mark.real

@@ -7,17 +7,19 @@ import pytest
 from PIL import Image
 from scipy.spatial.transform import Rotation
 
-from samfeat.pipelines.evaluate import error_auc
+from samfeat.pipelines.evaluate import evaluate
 from samfeat.pipelines.evaluation.pose import (
     PosePair,
+    PoseResults,
+    RelativePose,
     epipolar_errors,
     estimate_pose,
-    evaluate_pose,
     find_pairs,
     pose_error,
 )
+from samfeat.pipelines.evaluation.protocol import read_results
 from samfeat.pipelines.features.formats import Features
-from samfeat.pipelines.features.methods import Method
+from samfeat.pipelines.features.protocol import Method
 
 K0 = np.array([[300.0, 0, 160], [0, 310, 120], [0, 0, 1]])
 K1 = np.array([[280.0, 0, 150], [0, 285, 125], [0, 0, 1]])
@@ -56,22 +58,6 @@ def test_translation_has_neither_length_nor_sign(direction, angle):
     error = pose_error(pose[:3, :3], np.array(direction, float), pose)
     assert error.translation == pytest.approx(angle)
     assert error.worse == pytest.approx(angle, abs=1e-6)
-
-
-def test_auc_by_hand():
-    """One error of 2.5 and a failure: recall rises to 1/2 at 2.5 degrees and stays."""
-    errors = [np.inf, 2.5]
-    assert error_auc(errors, (5, 10)) == pytest.approx([(2.5 * 0.25 + 2.5 * 0.5) / 5, (2.5 * 0.25 + 7.5 * 0.5) / 10])
-    assert error_auc([0, 0, 0], (5, 10, 20)) == [1, 1, 1]
-    assert error_auc([np.inf, 30], (5, 20)) == [0, 0]
-    with pytest.raises(ValueError, match="at least one"):
-        error_auc([], (5,))
-
-
-def test_auc_of_many_errors_is_the_area_above_their_mean():
-    """For errors below t the area under the recall is 1 - mean(error) / t, but for the first step's triangle."""
-    errors = np.random.default_rng(0).uniform(0, 10, 100_000)
-    assert error_auc(errors, (10, 20)) == pytest.approx([1 - errors.mean() / 10, 1 - errors.mean() / 20], abs=1e-4)
 
 
 def test_epipolar_error_is_opencvs_sampson_like_distance():
@@ -206,25 +192,31 @@ def test_evaluation_from_stored_features(tmp_path):
 
     method = Method("known", {"method": "known", "version": 1}, extract)
     seen = []
-    results = evaluate_pose(data, tmp_path / "out", method=method, progress=lambda *state: seen.append(state))
+    results = evaluate(
+        RelativePose(), data, tmp_path / "out", method=method, progress=lambda *state: seen.append(state)
+    )
     assert asked == [0, 1, 2]
-    assert seen == [(1, 3), (2, 3), (3, 3), (1, 2), (2, 2)]
-    assert results["auc"] == pytest.approx([0.5] * 3, abs=1e-3)  # one pair is exact, the other has too few matches
-    assert results["failed"] == 1
-    assert results["precision"] == pytest.approx(1)
-    assert results["pairs"][1]["rotation_error"] is None
-    assert json.loads((tmp_path / "out" / "known" / "results.json").read_text()) == results
-    assert "| known | 50.0 | 50.0 | 50.0 | 100.0 | 32 |" in (tmp_path / "out" / "table.md").read_text()
+    assert seen == [(1, 3), (2, 3), (3, 3), (1, 4), (2, 4), (3, 4), (4, 4)]
+    assert results.ratios["none"].auc == pytest.approx(
+        [0.5] * 3, abs=1e-3
+    )  # one pair is exact, the other has too few matches
+    assert results.ratios["none"].failed == 1
+    assert results.ratios["none"].precision == pytest.approx(1)
+    assert results.ratios["none"].pairs[1].rotation_error is None
+    assert read_results(tmp_path / "out" / "known" / "results.json", PoseResults) == results
+    assert "| known | none | 50.0 | 50.0 | 50.0 | 100.0 | 32 |" in (tmp_path / "out" / "table.md").read_text()
     assert Image.open(tmp_path / "out" / "pose.png").width > 500
-    assert Image.open(tmp_path / "out" / "known" / "matches.png").width > 500
+    assert Image.open(tmp_path / "out" / "known" / "matches, ratio none.png").width > 500
 
-    assert evaluate_pose(data, tmp_path / "out", method=method) == results
+    assert evaluate(RelativePose(), data, tmp_path / "out", method=method) == results
     assert asked == [0, 1, 2]
     with pytest.raises(ValueError, match="version 1 there, 2 here"):
-        evaluate_pose(data, tmp_path / "out", method=Method("known", {"method": "known", "version": 2}, extract))
+        evaluate(
+            RelativePose(), data, tmp_path / "out", method=Method("known", {"method": "known", "version": 2}, extract)
+        )
     (data / "pairs.txt").write_text(lines[0])
     with pytest.raises(ValueError, match=r"other data \(known\)"):
-        evaluate_pose(data, tmp_path / "out", method=method, name="again")
+        evaluate(RelativePose(), data, tmp_path / "out", method=method, name="again")
 
 
 @pytest.mark.parametrize(

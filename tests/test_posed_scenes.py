@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from places import aachen_lens, cameras, write_aachen, write_cameras, write_photographs
+from synthetic_scenes import aachen_lens, cameras, write_aachen, write_cameras, write_photographs
 
 from samfeat.pipelines.evaluation import posed_scenes
 from samfeat.pipelines.evaluation.posed_scenes import AACHEN_THRESHOLDS, find_posed_scenes, read_aachen, split_scene

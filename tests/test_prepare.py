@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from samfeat.pipelines.prepare import prepare_photos
-from samfeat.pipelines.sources.colmap import read_model
-from samfeat.pipelines.sources.colmap_pairs import ColmapSource
-from samfeat.pipelines.sources.render import Camera, look_at, render_image
-from samfeat.pipelines.sources.scenes import FOCAL, SIZE, intrinsics, load_photographs, room, sky
+from samfeat.pipelines.sample.render import SceneCamera, look_at, render_image
+from samfeat.pipelines.sample.scenes import FOCAL, SIZE, intrinsics, load_photographs, room, sky
+from samfeat.teacher_cache.sources.colmap import ColmapSource
+from samfeat.teacher_cache.sources.colmap_model import read_model
 
 
 def sampson(cameras, pair, points0, points1):
@@ -53,7 +53,9 @@ def test_a_rendered_room_interrupted_and_taken_up_again(tmp_path):
     surfaces = room(load_photographs(), np.random.default_rng(3))
     photos.mkdir()
     for k, x in enumerate((-0.9, -0.3, 0.3, 0.9)):
-        camera = Camera(intrinsics(FOCAL), look_at(np.array([x, -1.6, -0.6]), np.array([0.2 * x, -1.3, 4.0])), SIZE)
+        camera = SceneCamera(
+            intrinsics(FOCAL), look_at(np.array([x, -1.6, -0.6]), np.array([0.2 * x, -1.3, 4.0])), SIZE
+        )
         picture = np.clip(render_image(surfaces, camera, background=sky(np.random.default_rng(0))), 0, 1)
         cv2.imwrite(str(photos / f"view {k}.png"), np.rint(255 * picture[:, :, ::-1]).astype(np.uint8))
         cameras[f"view_{k}.png"] = camera.K, camera.pose

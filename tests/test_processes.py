@@ -12,10 +12,10 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_train import SETTINGS
-from toys import toy_store
+from toy_runs import SETTINGS, SMALL_WINDOWS, config
 
-pytestmark = pytest.mark.slow
+from samfeat.pipelines.train import train
+
 STEPS = [
     "optimiser.batch_size=5",  # shared as 2 and 3
     "optimiser.steps=20",
@@ -26,14 +26,12 @@ STEPS = [
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cache")
-    toy_store(folder / "a.zarr")
-    return folder
+def cache(toy_cache):
+    return toy_cache
 
 
 def command(cache, out, *more: str) -> list[str]:
-    words = ["train", "--cache", cache, "--out", out, *SETTINGS, *STEPS, *more]
+    words = ["train", "--cache", cache, "--out", out, *SETTINGS, SMALL_WINDOWS, *STEPS, *more]
     return [str(word) for word in words]
 
 
@@ -57,31 +55,43 @@ def losses_of(folder) -> dict[int, dict[str, float]]:
     }
 
 
-@pytest.fixture(scope="module")
-def alone(cache, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "alone"
-    done = run(command(cache, folder))
-    assert done.returncode == 0, done.stderr
+def run_of_one_process(cache, folder, *overrides: str):
+    train(cache, folder, config(*STEPS, *overrides))
     return folder
 
 
-@pytest.mark.parametrize("starter", ["--devices", "torchrun"])
-def test_two_processes_follow_one(cache, alone, tmp_path, starter):
+@pytest.fixture(scope="module")
+def alone(cache, tmp_path_factory):
+    return run_of_one_process(cache, tmp_path_factory.mktemp("runs") / "alone")
+
+
+@pytest.mark.parametrize(
+    ("starter", "steps"),
+    [
+        ("--devices", 4),
+        pytest.param("--devices", 20, marks=pytest.mark.slow),
+        pytest.param("torchrun", 20, marks=pytest.mark.slow),
+    ],
+)
+def test_two_processes_follow_one(cache, tmp_path, starter, steps):
+    words = command(cache, tmp_path / "two", f"optimiser.steps={steps}")
     if starter == "torchrun":
         torchrun = ("torch.distributed.run", "--nproc-per-node", "2", "-m", "samfeat.cli")
-        done = run(command(cache, tmp_path / "two"), module=torchrun)
+        done = run(words, module=torchrun)
     else:
-        done = run(command(cache, tmp_path / "two", "--devices", "2"))
+        done = run([*words, "--devices", "2"])
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("20 steps.") == 1
-    assert done.stdout.count("step     20") == 1
+    assert done.stdout.count(f"{steps} steps.") == 1
+    assert done.stdout.count(f"step {steps:>6}") == 1
     assert not done.stderr
+    alone = run_of_one_process(cache, tmp_path / "alone", f"optimiser.steps={steps}")
     expected, got = losses_of(alone), losses_of(tmp_path / "two")
-    assert list(expected) == list(range(1, 21))
+    assert list(expected) == list(range(1, steps + 1))
     for step, terms in expected.items():
         assert got[step] == pytest.approx(terms, rel=1e-5, abs=1e-6), step
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_processes(cache, alone, tmp_path):
     process = start(command(cache, tmp_path / "run", "--devices", "2"))
     until_step(process, 6)
@@ -96,6 +106,7 @@ def test_a_run_goes_on_with_another_number_of_processes(cache, alone, tmp_path):
         assert got[number] == pytest.approx(terms, rel=1e-5, abs=1e-6), number
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_ends_the_others_and_the_run_goes_on(cache, alone, tmp_path):
     words = command(cache, tmp_path / "run", "--devices", "2", "run.checkpoint_every=2")
     process = start(words)
@@ -104,7 +115,7 @@ def test_a_process_that_dies_ends_the_others_and_the_run_goes_on(cache, alone, t
     os.kill(int(children[-1]), signal.SIGKILL)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 75
-    assert "--resume auto goes on" in error
+    assert "--resume auto continues" in error
     assert "Traceback" not in error
     done = run([*words, "--resume", "auto"])
     assert done.returncode == 0, done.stderr
@@ -113,6 +124,7 @@ def test_a_process_that_dies_ends_the_others_and_the_run_goes_on(cache, alone, t
     assert losses_of(tmp_path / "run")[20] == pytest.approx(losses_of(alone)[20], rel=1e-5, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_mistakes_of_the_user_are_one_line(cache, tmp_path):
     done = run(command(cache, tmp_path / "run", "--devices", "2", "optimiser.batch_size=1"))
     assert done.returncode == 2

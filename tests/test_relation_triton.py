@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from eq8 import LargestTensor, attention_map, features, naive
+from reference_relation import LargestTensor, attention_map, features, naive
 from torch import Tensor
 
 from samfeat.student import relation
 from samfeat.student.relation import relation_loss
-from samfeat.teacher_cache.rows import dequantize, quantize
+from samfeat.teacher_cache.store.rows import dequantize, quantize
 
 pytest.importorskip("triton", reason="Triton is not made for this platform")
 
@@ -54,13 +54,16 @@ def gradient_of(loss: Tensor, student: Tensor) -> Tensor:
     return torch.autograd.grad(loss, student)[0].double().cpu()
 
 
-@pytest.mark.slow
-def test_the_kernels_interpreted() -> None:
+SOME = "(equals_autograd and True-True-True) or the_same_bits"
+
+
+@pytest.mark.parametrize("which", [SOME, pytest.param("", marks=pytest.mark.slow)])
+def test_the_kernels_interpreted(which: str) -> None:
     if INTERPRETED:
         pytest.skip("this is the interpreter")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:xdist", "-p", "no:cacheprovider", "-m", "", __file__],
+        [sys.executable, "-m", "pytest", "-p", "no:xdist", "-p", "no:cacheprovider", "-m", "", "-k", which, __file__],
         env=environment | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,

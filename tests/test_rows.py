@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 import skimage.data
 import torch
+from hand_written_stores import SPEC
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from test_store import SPEC
 from torch.nn.functional import cosine_similarity, interpolate
 from toys import toy_record
 
 from samfeat.student.relation import relation_loss
-from samfeat.teacher_cache.classical import ClassicalTeacher
-from samfeat.teacher_cache.rows import dequantize, digest, quantize, record_of, stored_values
+from samfeat.teacher_cache.store.rows import dequantize, digest, quantize, record_of, stored_values
+from samfeat.teacher_cache.teachers.classical import ClassicalTeacher
 
 GRID = (32, 32)  # positions of the student in these tests
 

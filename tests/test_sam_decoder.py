@@ -7,7 +7,7 @@ import torch
 from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 from torch.utils.flop_counter import FlopCounterMode
 
-from samfeat.teacher_cache.sam_decoder import SamDecoder
+from samfeat.teacher_cache.teachers.sam_decoder import SamDecoder
 
 CELLS = 8
 

@@ -7,7 +7,7 @@ import torch
 from segment_anything.modeling import ImageEncoderViT
 from torch.utils.flop_counter import FlopCounterMode
 
-from samfeat.teacher_cache.sam_encoder import SamEncoder
+from samfeat.teacher_cache.teachers.sam_encoder import SamEncoder
 
 CELLS, WIDTH, HEADS = 8, 24, 3
 

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from segment_anything.utils.amg import batched_mask_to_box, build_point_grid, calculate_stability_score
 from segment_anything.utils.transforms import ResizeLongestSide
 
-from samfeat.teacher_cache import sam_masks
-from samfeat.teacher_cache.sam_decoder import ImageSide, LowResMasks
-from samfeat.teacher_cache.sam_masks import (
+from samfeat.teacher_cache.teachers import sam_masks
+from samfeat.teacher_cache.teachers.sam_decoder import ImageSide, LowResMasks
+from samfeat.teacher_cache.teachers.sam_masks import (
     Frame,
     Resampling,
     find_edge_masks,

@@ -15,9 +15,9 @@ from segment_anything.modeling import Sam
 from segment_anything.utils.amg import batched_mask_to_box, build_point_grid
 from torchvision.ops import nms
 
-from samfeat.teacher_cache.edges import edge_map
-from samfeat.teacher_cache.schema import Gifts
-from samfeat.teacher_cache.teacher import SamTeacher
+from samfeat.teacher_cache.schema import TeacherOutput
+from samfeat.teacher_cache.teachers.edges import edge_map
+from samfeat.teacher_cache.teachers.sam import SamTeacher
 
 TIE = 1e-5  # a score this close to its threshold may fall on either side
 
@@ -51,35 +51,35 @@ def without_duplicates(logits: torch.Tensor, quality: torch.Tensor, threshold: f
 
 
 def compare(sam: Sam, image: np.ndarray, *, at_least: int, edge_points_per_side: int, **ask: float) -> dict[str, float]:
-    """Check all gifts of an image; the differences that were seen."""
+    """Check all targets of an image; the differences that were seen."""
     expected = plain(sam, image, edge_points_per_side=edge_points_per_side, **ask)
     teacher = SamTeacher.from_sam(
         sam, model="any", checkpoint_sha256="0" * 64, edge_points_per_side=edge_points_per_side, **ask
     )
-    (gifts,) = teacher(image[None])
-    rows, columns = gifts.embedding.shape[1:]
+    (output,) = teacher(image[None])
+    rows, columns = output.embedding.shape[1:]
     whole = expected.embedding[:, :rows, :columns]
-    embedding = float(np.abs(gifts.embedding - whole).max() / np.abs(whole).max())
-    edges = np.abs(gifts.edges.astype(int) - expected.edges)
-    pairs = matched(gifts, expected.records, **ask)
+    embedding = float(np.abs(output.embedding - whole).max() / np.abs(whole).max())
+    edges = np.abs(output.edges.astype(int) - expected.edges)
+    pairs = matched(output, expected.records, **ask)
     assert len(pairs) >= at_least
-    groups = agreement(gifts, expected.records, pairs)
+    groups = agreement(output, expected.records, pairs)
     assert embedding <= 1e-5
     assert (edges > 1).mean() <= 1e-4  # where rounding flips a pixel of a mask, its 3 x 3 neighbours see a boundary
-    assert gifts.edges.max() > 60
+    assert output.edges.max() > 60
     assert groups >= 0.999
     return {"masks": len(pairs), "embedding": embedding, "edges": int(edges.max()), "other group": 1 - groups}
 
 
-def matched(gifts: Gifts, records: list[dict], **ask: float) -> dict[int, int]:
-    """Index among the gifts -> index among the records; all have a partner but those at a threshold."""
-    ours = gifts.masks.table[:, :3].astype(float)
+def matched(output: TeacherOutput, records: list[dict], **ask: float) -> dict[int, int]:
+    """Index among the masks of the output -> index among the records; all have a partner but those at a threshold."""
+    ours = output.masks.table[:, :3].astype(float)
     theirs = np.array([[r["area"], np.clip(r["predicted_iou"], 0, 1), r["stability_score"]] for r in records])
-    few = 1e-3 * gifts.groups.size  # pixels; random masks are flat, so rounding moves a boundary here and there
+    few = 1e-3 * output.groups.size  # pixels; random masks are flat, so rounding moves a boundary here and there
     gaps = np.abs(ours[:, None] - theirs) / (few, TIE, 0.02)  # each is below 1 for a partner
     pairs = {k: n for k, n in zip(*linear_sum_assignment(gaps.clip(max=100).sum(2))) if gaps[k, n].max() <= 1}
     for k, number in pairs.items():
-        assert np.count_nonzero(gifts.masks.stack[k] != records[number]["segmentation"]) <= few
+        assert np.count_nonzero(output.masks.stack[k] != records[number]["segmentation"]) <= few
     for unmatched in (np.delete(ours, list(pairs), 0), np.delete(theirs, list(pairs.values()), 0)):
         assert all(at_threshold(iou, stability, **ask) for _, iou, stability in unmatched)
     return pairs
@@ -89,15 +89,15 @@ def at_threshold(iou: float, stability: float, *, pred_iou_thresh: float, stabil
     return min(abs(iou - pred_iou_thresh), abs(stability - stability_score_thresh)) <= TIE
 
 
-def agreement(gifts: Gifts, records: list[dict], pairs: dict[int, int]) -> float:
+def agreement(output: TeacherOutput, records: list[dict], pairs: dict[int, int]) -> float:
     """Share of the pixels in the same group, the smallest mask that covers them, or in one of the same size."""
     areas = np.array([0, *(record["area"] for record in records)])
-    expected = np.zeros(gifts.groups.shape, int)
+    expected = np.zeros(output.groups.shape, int)
     for number in np.argsort(-areas[1:], kind="stable"):
         expected[records[number]["segmentation"]] = number + 1
-    names = np.zeros(len(gifts.masks.stack) + 1, int)
+    names = np.zeros(len(output.masks.stack) + 1, int)
     names[[k + 1 for k in pairs]] = [number + 1 for number in pairs.values()]
-    found = names[gifts.groups]
+    found = names[output.groups]
     return float(((found == expected) | (np.abs(areas[found] - areas[expected]) <= 2)).mean())
 
 

@@ -6,14 +6,20 @@ import numpy as np
 import pytest
 import skimage.data
 
-from samfeat.pipelines import sample
-from samfeat.pipelines.sample import disparity_of_right_view, plane_homography, write_sample
-from samfeat.pipelines.sources.correspondences import correspondences
-from samfeat.pipelines.sources.megadepth import read_depth, read_scene_info
-from samfeat.pipelines.sources.pairs import MegaDepthSource
-from samfeat.pipelines.sources.render import Camera, Surface, look_at, mipmap, render_depth, render_image
-from samfeat.pipelines.sources.scenes import HELD_OUT, PICTURES, TILES, WALLS, load_photographs
-from samfeat.teacher_cache.images import read_image
+from samfeat.images import read_image
+from samfeat.pipelines.sample import write as sample
+from samfeat.pipelines.sample.render import (
+    SceneCamera,
+    Surface,
+    look_at,
+    mipmap,
+    render_depth,
+    render_image,
+)
+from samfeat.pipelines.sample.scenes import HELD_OUT, PICTURES, TILES, WALLS, load_photographs
+from samfeat.pipelines.sample.write import disparity_of_right_view, plane_homography, write_sample
+from samfeat.teacher_cache.sources.correspondences import correspondences
+from samfeat.teacher_cache.sources.megadepth import MegaDepthSource, read_depth, read_scene_info
 
 
 def pinhole(focal=200.0, size=(120, 160)):
@@ -27,8 +33,8 @@ def slanted(texture=None):
 
 
 VIEWPOINTS = [
-    Camera(pinhole(), look_at(np.array([0.1, -0.2, 0.0]), np.array([0.2, 0.1, 4.0])), (120, 160)),
-    Camera(pinhole(260.0), look_at(np.array([-0.7, 0.4, 0.3]), np.array([0.0, 0.0, 4.0]), roll=0.5), (120, 160)),
+    SceneCamera(pinhole(), look_at(np.array([0.1, -0.2, 0.0]), np.array([0.2, 0.1, 4.0])), (120, 160)),
+    SceneCamera(pinhole(260.0), look_at(np.array([-0.7, 0.4, 0.3]), np.array([0.0, 0.0, 4.0]), roll=0.5), (120, 160)),
 ]
 
 
@@ -72,7 +78,7 @@ def test_the_nearest_surface_hides_the_others():
     behind = Surface(
         np.array([-0.5, -0.5, -2.0]), np.array([1.0, 0, 0]), np.array([0, 1.0, 0]), mipmap(np.ones((4, 4, 3)))
     )
-    view = Camera(pinhole(100.0), np.eye(4), (120, 160))
+    view = SceneCamera(pinhole(100.0), np.eye(4), (120, 160))
     background = np.full((120, 160, 3), 0.5, np.float32)
     for surfaces in permutations([far, near, behind]):
         depth = render_depth(list(surfaces), view)
@@ -84,7 +90,7 @@ def test_the_nearest_surface_hides_the_others():
 
 
 def test_what_is_not_hit_has_no_depth_and_shows_the_background():
-    view = Camera(pinhole(), look_at(np.zeros(3), np.array([0, 0, -1.0])), (120, 160))
+    view = SceneCamera(pinhole(), look_at(np.zeros(3), np.array([0, 0, -1.0])), (120, 160))
     background = np.random.default_rng(0).random((120, 160, 3)).astype(np.float32)
     assert (render_depth([slanted()], view) == 0).all()
     np.testing.assert_allclose(render_image([slanted()], view, background=background), background, atol=1e-6)
@@ -115,7 +121,7 @@ def test_no_aliasing():
     """A chequerboard whose squares are smaller than a pixel is grey, not moiré."""
     board = np.repeat((np.indices((1024, 1024)).sum(axis=0) % 2)[:, :, None], 3, axis=2).astype(np.float32)
     floor = Surface(np.array([-20.0, 1.0, 40.0]), np.array([40.0, 0, 0]), np.array([0, 0, -39.0]), mipmap(board))
-    view = Camera(pinhole(), np.eye(4), (120, 160))
+    view = SceneCamera(pinhole(), np.eye(4), (120, 160))
     image = render_image([floor], view, background=np.full((120, 160, 3), 0.5, np.float32))
     far, near = image[65:75], image[110:]  # squares of 0.2 to 0.6 pixels; of 2
     assert np.abs(far - 0.5).max() < 0.02
@@ -245,10 +251,10 @@ def test_overlap_and_scale_ratio():
     """A wall four units away, seen, seen zoomed twice, and seen from half as far: closed form."""
     nearer = np.eye(4)
     nearer[2, 3] = -2.0
-    cameras = [Camera(pinhole(), np.eye(4), (120, 160)), Camera(pinhole(400.0), np.eye(4), (120, 160))]
-    cameras.append(Camera(pinhole(), nearer, (120, 160)))
+    cameras = [SceneCamera(pinhole(), np.eye(4), (120, 160)), SceneCamera(pinhole(400.0), np.eye(4), (120, 160))]
+    cameras.append(SceneCamera(pinhole(), nearer, (120, 160)))
     views = [
-        sample.View(np.zeros((120, 160, 3), np.uint8), np.full((120, 160), depth), camera)
+        sample.RenderedView(np.zeros((120, 160, 3), np.uint8), np.full((120, 160), depth), camera)
         for camera, depth in zip(cameras, (4.0, 4.0, 2.0))
     ]
     overlap, scale_ratio = sample.relations(views)
@@ -300,8 +306,8 @@ def test_held_out_homographies(small):
 def test_plane_homography_against_opencv():
     surface = Surface(np.array([-0.5, -0.4, 0]), np.array([1.0, 0, 0]), np.array([0, 0.8, 0]), ())
     views = [
-        Camera(pinhole(), look_at(np.array([0.1, 0.0, -2.0]), np.zeros(3)), (120, 160)),
-        Camera(pinhole(250.0), look_at(np.array([0.9, -0.6, -1.5]), np.array([0.1, 0, 0]), roll=0.3), (120, 160)),
+        SceneCamera(pinhole(), look_at(np.array([0.1, 0.0, -2.0]), np.zeros(3)), (120, 160)),
+        SceneCamera(pinhole(250.0), look_at(np.array([0.9, -0.6, -1.5]), np.array([0.1, 0, 0]), roll=0.3), (120, 160)),
     ]
     expected = homography_between(surface, *views)
     np.testing.assert_allclose(plane_homography(*views), expected / expected[2, 2], atol=1e-8)

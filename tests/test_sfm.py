@@ -1,7 +1,7 @@
 import numpy as np
 import pycolmap
 import pytest
-from places import MATRIX, POINTS, SIZE, cameras, features_of, write_photographs
+from synthetic_scenes import MATRIX, POINTS, SIZE, cameras, features_of, write_photographs
 
 from samfeat.pipelines.evaluation import sfm
 from samfeat.pipelines.evaluation.sfm import (

@@ -10,18 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 from jaxtyping import Float, TypeCheckError, jaxtyped
-from shapes import check_arrays
+from shape_checks import check_arrays
 from torch import Tensor
 
 TESTS = Path(__file__).parent
 CHECKED = (
     "samfeat.student",
     "samfeat.pipelines.homography",
-    "samfeat.teacher_cache.sam_encoder",
-    "samfeat.teacher_cache.sam_decoder",
+    "samfeat.teacher_cache.teachers.sam_encoder",
+    "samfeat.teacher_cache.teachers.sam_decoder",
 )
 CALLERS = ("detection", "losses", "matching", "relation", "network", "homography", "sam_encoder", "sam_decoder")
 REFUSALS = "refuse or reject or names or compile"  # tests that give wrong shapes on purpose; tracing has no shapes
+SOME = "by_hand or nms or subpixel or brute_force or sampling or autocast or agrees_with_opencv or of_the_original"
 
 
 @pytest.mark.parametrize("shape", [(3, 2), (2, 4), (2, 3, 1)])
@@ -39,13 +40,15 @@ def test_wrong_shapes_do_not_pass_the_check(shape):
     assert transposed(torch.zeros(2, 3), torch.zeros(3, 2)).shape == (3, 2)
 
 
-def test_arrays_are_what_their_annotations_say():
-    packages = ",".join((*CHECKED, "shapes.check_arrays"))
+@pytest.mark.parametrize("which", [SOME, pytest.param("", marks=pytest.mark.slow)])
+def test_arrays_are_what_their_annotations_say(which):
+    packages = ",".join((*CHECKED, "shape_checks.check_arrays"))
     files = [str(TESTS / f"test_{name}.py") for name in CALLERS]
-    options = ["-p", "no:cacheprovider", f"--jaxtyping-packages={packages}", "-k", f"not ({REFUSALS})"]
+    chosen = f"({which or 'test'}) and not ({REFUSALS})"
+    options = ["-p", "no:cacheprovider", f"--jaxtyping-packages={packages}", "-m", "", "-k", chosen]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", *options, *files],
-        env=os.environ | {"PYTHONPATH": str(TESTS)},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
         cwd=TESTS.parent,
         capture_output=True,
         text=True,

@@ -10,31 +10,11 @@ import os
 import numpy as np
 import pytest
 import zarr
+from hand_written_stores import SPEC, filled, pair, problems
 from toys import PROVENANCE, SIZE, toy_record, toy_store
 
-from samfeat.teacher_cache.schema import MAX_MASKS, POINTS, Failure, Provenance, StoreSpec
+from samfeat.teacher_cache.schema import MAX_MASKS, POINTS, Failure, Provenance
 from samfeat.teacher_cache.store import TeacherCache, open_stores
-from samfeat.teacher_cache.verify import Problem, verify
-
-SPEC = StoreSpec(images=6, paired=True, image_size=SIZE, embedding=(8, 8, 8), shard_images=4)
-
-
-def pair(seed: int) -> tuple[np.ndarray, np.ndarray]:
-    rng = np.random.default_rng(seed)
-    return (rng.random((2, POINTS, 2)) * 63).astype(np.float32), rng.random(POINTS) < 0.7
-
-
-def filled(path, spec=SPEC) -> TeacherCache:
-    cache = TeacherCache.create(path, spec, PROVENANCE)
-    for shard in range(spec.shards):
-        images = spec.shard_range(shard)
-        pairs = [pair(k) for k in range(images.start // 2, images.stop // 2)] if spec.paired else []
-        cache.write_shard(shard, [toy_record(i) for i in images], pairs)
-    return TeacherCache.open(path)
-
-
-def problems(cache: TeacherCache) -> list[Problem]:
-    return [found for found in verify(cache) if isinstance(found, Problem)]
 
 
 def test_what_is_written_is_read_back(tmp_path):
@@ -45,13 +25,13 @@ def test_what_is_written_is_read_back(tmp_path):
         given, got = toy_record(image), cache.record(image)
         assert (got.name, got.source_sha256, got.box) == (given.name, given.source_sha256, given.box)
         np.testing.assert_array_equal(got.image, given.image)
-        half_step = np.abs(given.gifts.embedding).max(axis=0) / 253.9
-        assert (np.abs(got.gifts.embedding - given.gifts.embedding) <= half_step).all()
-        np.testing.assert_array_equal(got.gifts.embedding, cache[image].embedding * cache[image].embedding_scale)
-        np.testing.assert_array_equal(got.gifts.groups, given.gifts.groups)
-        np.testing.assert_array_equal(got.gifts.edges, given.gifts.edges)
-        np.testing.assert_array_equal(got.gifts.masks.stack, given.gifts.masks.stack)
-        np.testing.assert_array_equal(got.gifts.masks.table, given.gifts.masks.table)
+        half_step = np.abs(given.output.embedding).max(axis=0) / 253.9
+        assert (np.abs(got.output.embedding - given.output.embedding) <= half_step).all()
+        np.testing.assert_array_equal(got.output.embedding, cache[image].embedding * cache[image].embedding_scale)
+        np.testing.assert_array_equal(got.output.groups, given.output.groups)
+        np.testing.assert_array_equal(got.output.edges, given.output.edges)
+        np.testing.assert_array_equal(got.output.masks.stack, given.output.masks.stack)
+        np.testing.assert_array_equal(got.output.masks.table, given.output.masks.table)
         np.testing.assert_array_equal(got.keypoints, given.keypoints)
         np.testing.assert_array_equal(cache[image].keypoints, given.keypoints)
     points, valid = pair(2)
@@ -67,7 +47,7 @@ def test_plain_zarr_reads_a_store_by_the_readme_alone(tmp_path):
     given = toy_record(3)
     count = int(group["mask_count"][3])
     masks = np.unpackbits(group["masks"][3, :count], axis=-1)[..., : SIZE[1]].astype(bool)
-    np.testing.assert_array_equal(masks, given.gifts.masks.stack)
+    np.testing.assert_array_equal(masks, given.output.masks.stack)
     assert group["embedding"].metadata.dimension_names == ("image", "channel", "row", "column")
     assert group["edges"].attrs["unit"] == "1/255"
     assert not group["masks"][3, count:].any()
@@ -154,7 +134,7 @@ def test_verify_finds_a_flipped_bit_in_any_array(tmp_path, name):
     data[len(data) // 3] ^= 4
     file.write_bytes(bytes(data))
     found = problems(TeacherCache.open(tmp_path / "a.zarr"))
-    assert {problem.image for problem in found} <= set(range(4))
+    assert {problem.image for problem in found} <= {-1, *range(4)}
     assert found
 
 
@@ -201,7 +181,7 @@ def test_a_record_that_does_not_fit_is_refused(tmp_path, change, message):
 def test_an_embedding_that_is_not_finite_is_refused(tmp_path):
     cache = TeacherCache.create(tmp_path / "a.zarr", dataclasses.replace(SPEC, images=2, shard_images=2), PROVENANCE)
     bad = toy_record(1)
-    bad.gifts.embedding[0, 0, 0] = np.nan
+    bad.output.embedding[0, 0, 0] = np.nan
     with pytest.raises(ValueError, match="NaN, infinity"):
         cache.write_shard(0, [toy_record(0), bad], [pair(0)])
 

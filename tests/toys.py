@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from samfeat.pipelines.build_cache import build_cache
-from samfeat.pipelines.caching.cluster import Workers
-from samfeat.teacher_cache.grouping import paint, sort_masks
-from samfeat.teacher_cache.images import SourceItem
+from samfeat.pipelines.workers import Workers
 from samfeat.teacher_cache.keypoints import LabelConfig
-from samfeat.teacher_cache.schema import POINTS, Gifts, Provenance, Record
+from samfeat.teacher_cache.schema import POINTS, Provenance, Record, TeacherOutput
+from samfeat.teacher_cache.sources.protocol import SourceItem
 from samfeat.teacher_cache.store import TeacherCache
+from samfeat.teacher_cache.teachers.masks import paint, sort_masks
 
 SIZE = (64, 64)
 LABELS = LabelConfig(homographies=2, max_keypoints=40)
@@ -34,10 +34,10 @@ class ToyTeacher:
     def embedding_shape(self, image_size: tuple[int, int]) -> tuple[int, int, int]:
         return 8, image_size[0] // 8, image_size[1] // 8
 
-    def __call__(self, images: np.ndarray) -> list[Gifts]:
-        return [self._gifts(image) for image in images]
+    def __call__(self, images: np.ndarray) -> list[TeacherOutput]:
+        return [self._output(image) for image in images]
 
-    def _gifts(self, image: np.ndarray) -> Gifts:
+    def _output(self, image: np.ndarray) -> TeacherOutput:
         grey = image.mean(axis=2)
         stack = np.stack([grey > level for level in (60, 110, 160)])
         stack = stack[stack.any(axis=(1, 2))]
@@ -54,7 +54,7 @@ class ToyTeacher:
         embedding[0] = 127  # the largest value everywhere, so that a store gives the embedding back exactly
         embedding *= np.float32(self.strength / 128)
         edges = np.abs(np.gradient(grey)[1]).clip(0, 255).astype(np.uint8)
-        return Gifts(embedding, masks, paint(masks.stack), edges)
+        return TeacherOutput(embedding, masks, paint(masks.stack), edges)
 
 
 class ToySource:
@@ -113,7 +113,7 @@ def toy_record(seed: int = 0, *, masks: int = 5, keypoints: int = 7) -> Record:
     table[:, 0] = stack.sum(axis=(1, 2))
     ordered = sort_masks(stack, table)
     points = np.column_stack([rng.random((keypoints, 2)) * 63, np.linspace(1, 0.5, keypoints)]).astype(np.float32)
-    gifts = Gifts(
+    output = TeacherOutput(
         rng.standard_normal((8, 8, 8)).astype(np.float32),
         ordered,
         paint(ordered.stack),
@@ -121,7 +121,7 @@ def toy_record(seed: int = 0, *, masks: int = 5, keypoints: int = 7) -> Record:
     )
     digest = hashlib.sha256(bytes([seed])).hexdigest()
     image = rng.integers(0, 256, (*SIZE, 3), dtype=np.uint8)
-    return Record(f"scene/{seed:03}.png", digest, (seed, 2, 64, 64), image, gifts, points)
+    return Record(f"scene/{seed:03}.png", digest, (seed, 2, 64, 64), image, output, points)
 
 
 PROVENANCE = Provenance({"name": "toy"}, {"kind": "toy"}, {"detector": "gftt"}, 0, {"python": "3.11"})

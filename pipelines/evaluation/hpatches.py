@@ -1,4 +1,4 @@
-"""HPatches image matching by the protocol of D2-Net (Dusmanu et al., CVPR 2019), and its metric for other uses.
+"""HPatches image matching by the protocol of D2-Net (Dusmanu et al., CVPR 2019).
 
 Mean matching accuracy MMA(t) is the share of mutual nearest neighbours that the ground-truth homography places within t
 pixels, averaged over image pairs. Any folder of sequences in HPatches' shape will do.
@@ -8,22 +8,27 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from samfeat.pipelines.evaluate import collect_results, error_auc, predict, shown_pairs, write_results, write_table
-from samfeat.pipelines.extract import Progress
+from samfeat.images import IMAGE_SUFFIXES, read_image
+from samfeat.pipelines.evaluation.protocol import Evaluation, Job, Results, predict, shown_pairs
 from samfeat.pipelines.features.formats import Features
-from samfeat.pipelines.features.methods import Method
-from samfeat.pipelines.match import estimate, matched_points
-from samfeat.pipelines.pictures.draw import draw_errors, error_figure, mma_figure, panel, save_png
+from samfeat.pipelines.features.protocol import Method
+from samfeat.pipelines.match import estimate
+from samfeat.pipelines.metrics import MMA_THRESHOLDS, corner_error, error_auc, matched_points, mma, transfer_errors
+from samfeat.pipelines.pictures.charts import error_chart, mma_chart
+from samfeat.pipelines.pictures.draw import draw_errors, panel, save_png
 from samfeat.pipelines.pictures.overlays import feature_tiles
-from samfeat.teacher_cache.images import IMAGE_SUFFIXES, read_image
+from samfeat.pipelines.pictures.tables import Cell, Column, Table
 
-THRESHOLDS = tuple(range(1, 11))
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 CORNER_THRESHOLDS = (1, 3, 5)  # pixels
 SUBSETS = {"i_": "illumination", "v_": "viewpoint"}
 TOO_LARGE = frozenset(
@@ -49,83 +54,6 @@ class PlanarSequence(NamedTuple):
     def subset(self) -> str | None:
         """``illumination`` or ``viewpoint`` by the prefix of the name, None without one."""
         return SUBSETS.get(self.name[:2])
-
-
-class PairScore(NamedTuple):
-    """How well two images match.
-
-    Attributes:
-        accuracy: float64 [T], share of the matches within each threshold; 0 without matches.
-        matches: number of mutual nearest neighbours.
-    """
-
-    accuracy: np.ndarray
-    matches: int
-
-
-def match_errors(features0: Mapping[str, Any], features1: Mapping[str, Any], homography: np.ndarray) -> np.ndarray:
-    """float64 [M]: distance in pixels of every mutual nearest neighbour in image 1 from where it should be.
-
-    Args:
-        features0: ``keypoints`` [K, 2] and ``descriptors`` [K, D], arrays or tensors.
-        features1: the same of the other image.
-        homography: [3, 3], pixels of image 0 to pixels of image 1.
-    """
-    points0, points1 = matched_points(features0, features1)
-    return _distances(_project(points0, homography), points1)
-
-
-def _project(points: np.ndarray, homography: np.ndarray) -> np.ndarray:
-    projected = np.pad(points, ((0, 0), (0, 1)), constant_values=1) @ np.asarray(homography, np.float64).T
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return projected[:, :2] / projected[:, 2:]
-
-
-def _distances(points0: np.ndarray, points1: np.ndarray) -> np.ndarray:
-    return np.nan_to_num(np.linalg.norm(points0 - points1, axis=1), nan=np.inf, posinf=np.inf)
-
-
-def corner_error(estimated: np.ndarray | None, homography: np.ndarray, image_size: tuple[int, int]) -> float:
-    """Mean distance in pixels between where two homographies put the four corners of an image.
-
-    Args:
-        estimated: [3, 3]; None, for a failure, is infinitely wrong.
-        homography: [3, 3], the true one.
-        image_size: (height, width); the corners are the centres of the outermost pixels.
-    """
-    if estimated is None:
-        return float("inf")
-    height, width = image_size
-    corners = np.array([(0, 0), (width - 1, 0), (0, height - 1), (width - 1, height - 1)], np.float64)
-    return float(_distances(_project(corners, estimated), _project(corners, homography)).mean())
-
-
-def mma(errors: Sequence[np.ndarray], thresholds: Sequence[float] = THRESHOLDS) -> np.ndarray:
-    """Mean matching accuracy, float64 [T] in [0, 1].
-
-    Args:
-        errors: one array of match errors in pixels for every pair; a pair without matches counts as 0.
-        thresholds: in pixels, an error on the threshold is right.
-
-    Raises:
-        ValueError: no pair.
-    """
-    if len(errors) == 0:
-        raise ValueError("mean matching accuracy needs at least one pair of images, got none")
-    limits = np.asarray(thresholds, np.float64)
-    shares = [(np.asarray(e)[:, None] <= limits).mean(0) if len(e) else np.zeros(len(limits)) for e in errors]
-    return np.mean(shares, axis=0)
-
-
-def match_accuracy(
-    features0: Mapping[str, Any],
-    features1: Mapping[str, Any],
-    homography: np.ndarray,
-    thresholds: Sequence[float] = THRESHOLDS,
-) -> PairScore:
-    """Matching accuracy of one pair; arguments as in :func:`match_errors` and :func:`mma`."""
-    errors = match_errors(features0, features1, homography)
-    return PairScore(mma([errors], thresholds), len(errors))
 
 
 def find_sequences(folder: str | Path) -> list[PlanarSequence]:
@@ -176,85 +104,140 @@ def _read_homography(path: Path) -> np.ndarray:
     return matrix
 
 
-def evaluate_hpatches(
-    folder: str | Path,
-    output: str | Path,
-    *,
-    method: Method,
-    name: str | None = None,
-    overwrite: bool = False,
-    progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Evaluates a method on the sequences of a folder.
+@dataclass(frozen=True)
+class FeatureCounts:
+    """Keypoints per image."""
 
-    Writes ``<output>/<name>/features.h5``, ``results.json``, and pictures of some pairs: ``matches.png`` and
-    ``keypoints.png``; and from the results of all methods in ``output`` the table ``table.md`` and
-    the figures ``mma.png`` and ``homography.png``.
+    mean: float
+    min: int
+    max: int
 
-    Args:
-        folder: the sequences, see :func:`find_sequences`.
-        output: folder of this evaluation, for any number of methods.
-        method: what is evaluated.
-        name: what the method is called in the output; by default its own name.
-        overwrite: compute features anew that are stored already.
-        progress: called with (done, total) after every image whose features had to be computed.
 
-    Returns:
-        what ``results.json`` holds: ``name``, ``method`` (configuration), ``dataset``, ``thresholds``, and by subset
-        (``all``, and ``illumination``, ``viewpoint`` where names tell) ``mma`` [T], ``auc5`` (mean of MMA(1) to
-        MMA(5)), mean ``matches`` and ``homography_auc`` (of the :func:`corner_error` of homographies that MAGSAC++
-        finds, at ``CORNER_THRESHOLDS``); ``features`` (mean, min, max), and one entry a pair in ``pairs``.
+@dataclass(frozen=True)
+class PairScore:
+    """How well two images of a sequence match.
 
-    Raises:
-        ValueError: bad sequences or images; stored features of another configuration or other images; or results on
-            other sequences in ``output``.
+    Attributes:
+        sequence: name of the sequence.
+        image: number of the second image; the first is image 1.
+        matches: number of mutual nearest neighbours.
+        accuracy: [T], share of the matches within each threshold; 0 without matches.
+        corner_error: of the homography that MAGSAC++ finds, in pixels; None where it finds none.
     """
-    sequences = find_sequences(folder)
-    name = name or method.name
-    paths = {f"{s.name}/{path.name}": path for s in sequences for path in s.images.values()}
-    dataset = {
-        "pairs": {s.name: len(s.homographies) for s in sequences},
-        "homographies_sha256": homographies_sha256(sequences),
-    }
-    collect_results(output, dataset, replacing=name)
-    store = Path(output) / name / "features.h5"
-    features = predict(paths, store, method=method, overwrite=overwrite, progress=progress)
-    pairs: list[tuple[PlanarSequence, int]] = []
-    errors: list[np.ndarray] = []
-    corners: list[float] = []
-    counts: list[int] = []
-    for sequence in sequences:
-        stored = {number: features(f"{sequence.name}/{path.name}") for number, path in sequence.images.items()}
-        counts += [len(f["keypoints"]) for f in stored.values()]
-        image_size = read_image(sequence.images[1]).shape[:2]
-        for number, homography in sequence.homographies.items():
-            points0, points1 = matched_points(stored[1], stored[number])
-            errors.append(_distances(_project(points0, homography), points1))
-            found, _ = estimate(points0, points1, model="homography")
-            corners.append(corner_error(found, homography, image_size))
-            pairs.append((sequence, number))
-    results = {
-        "name": name,
-        "method": dict(method.config),
-        "dataset": dataset,
-        "thresholds": list(THRESHOLDS),
-        **_summary(errors, corners, [sequence.subset for sequence, _ in pairs]),
-        "features": {"mean": float(np.mean(counts)), "min": min(counts), "max": max(counts)},
-        "pairs": [
-            {
-                "sequence": sequence.name,
-                "image": number,
-                "matches": len(e),
-                "accuracy": mma([e]).tolist(),
-                "corner_error": corner if np.isfinite(corner) else None,
-            }
-            for (sequence, number), e, corner in zip(pairs, errors, corners, strict=True)
-        ],
-    }
-    write_results(Path(output) / name, results)
-    _draw(Path(output) / name, shown_pairs(pairs), features)
-    write_comparison(output, dataset)
-    return results
+
+    sequence: str
+    image: int
+    matches: int
+    accuracy: list[float]
+    corner_error: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class HPatchesResults(Results):
+    """Accuracies and areas are shares in [0, 1], by subset: ``all``, and ``illumination``, ``viewpoint`` by name.
+
+    Attributes:
+        thresholds: of the accuracies, in pixels.
+        mma: [T] mean matching accuracy.
+        auc5: mean of MMA(1) to MMA(5).
+        matches: mean number per pair.
+        homography_auc: areas under the curve of corner errors up to ``CORNER_THRESHOLDS``.
+        features: keypoints per image.
+        pairs: one entry per pair.
+    """
+
+    thresholds: list[int]
+    mma: dict[str, list[float]]
+    auc5: dict[str, float]
+    matches: dict[str, float]
+    homography_auc: dict[str, list[float]]
+    features: FeatureCounts
+    pairs: list[PairScore]
+
+
+@dataclass(frozen=True)
+class HPatches(Evaluation[Method, HPatchesResults]):
+    """Image matching on HPatches, or any other folder of sequences, see :func:`find_sequences`.
+
+    Draws ``matches.png`` and ``keypoints.png`` of some pairs for every method.
+    """
+
+    results = HPatchesResults
+    title = "Image matching (HPatches)"
+    meaning = (
+        "Photographs of flat scenes under changes of light (i_*) or viewpoint (v_*), with known homographies. A match, "
+        "a pair of mutual nearest neighbours, is correct within t pixels if it lies that near to where the homography "
+        "puts it."
+    )
+
+    def run(self, job: Job[Method]) -> HPatchesResults:
+        """Matches every image of a sequence with its first one."""
+        sequences = find_sequences(job.data)
+        pairs_of = {sequence.name: len(sequence.homographies) for sequence in sequences}
+        shared = job.start({"pairs": pairs_of, "homographies_sha256": homographies_sha256(sequences)})
+        features = predict(job, {f"{s.name}/{path.name}": path for s in sequences for path in s.images.values()})
+        pairs: list[tuple[PlanarSequence, int]] = []
+        errors: list[np.ndarray] = []
+        corners: list[float] = []
+        counts: list[int] = []
+        for sequence in sequences:
+            stored = {number: features(f"{sequence.name}/{path.name}") for number, path in sequence.images.items()}
+            counts += [len(f["keypoints"]) for f in stored.values()]
+            image_size = read_image(sequence.images[1]).shape[:2]
+            for number, homography in sequence.homographies.items():
+                points = matched_points(stored[1], stored[number])
+                errors.append(transfer_errors(*points, homography))
+                found, _ = estimate(*points, model="homography")
+                corners.append(corner_error(found, homography, image_size))
+                pairs.append((sequence, number))
+        _draw(job.folder, shown_pairs(pairs), features)
+        return HPatchesResults(
+            **shared,
+            thresholds=list(MMA_THRESHOLDS),
+            **_summary(errors, corners, [sequence.subset for sequence, _ in pairs]),
+            features=FeatureCounts(float(np.mean(counts)), min(counts), max(counts)),
+            pairs=[
+                PairScore(sequence.name, number, len(e), mma([e]).tolist(), corner if np.isfinite(corner) else None)
+                for (sequence, number), e, corner in zip(pairs, errors, corners, strict=True)
+            ],
+        )
+
+    def table(self, found: Sequence[HPatchesResults]) -> Table:
+        """One row per method and subset."""
+        columns = [
+            Column("method"),
+            Column("subset", "all sequences, or only those with changes of light or of viewpoint"),
+        ]
+        columns += [
+            Column(f"MMA@{t}", f"mean share of correct matches within {t} px, in %", ".1f", "highest")
+            for t in (1, 3, 5, 10)
+        ]
+        columns.append(Column("AUC@5", "mean of MMA@1 to MMA@5, in %", ".1f", "highest"))
+        columns += [
+            Column(
+                f"H AUC@{t}", f"area under the curve of homographies' corner errors up to {t} px, %", ".1f", "highest"
+            )
+            for t in CORNER_THRESHOLDS
+        ]
+        columns.append(Column("features/image", "mean number of keypoints", ".0f"))
+        columns.append(Column("matches/pair", "mean number of mutual nearest neighbours", ".0f"))
+        rows: list[list[Cell]] = []
+        for results in found:
+            for subset, curve in results.mma.items():
+                shares = [*(curve[t - 1] for t in (1, 3, 5, 10)), results.auc5[subset], *results.homography_auc[subset]]
+                counts = [results.features.mean, results.matches[subset]]
+                rows.append([results.name, subset, *(100 * share for share in shares), *counts])
+        return Table(columns, rows)
+
+    def figures(self, found: Sequence[HPatchesResults]) -> dict[str, Figure]:
+        """Accuracy over the threshold, and recall over the corner error."""
+        errors = {r.name: [np.inf if p.corner_error is None else p.corner_error for p in r.pairs] for r in found}
+        areas = {results.name: results.homography_auc["all"] for results in found}
+        label = "Corner error of the homography [px]"
+        return {
+            "mma": mma_chart({results.name: results.mma for results in found}),
+            "homography": error_chart(errors, areas, thresholds=CORNER_THRESHOLDS, xlabel=label),
+        }
 
 
 def _draw(folder: Path, pairs: Sequence[tuple[PlanarSequence, int]], features: Callable[[str], Features]) -> None:
@@ -265,7 +248,7 @@ def _draw(folder: Path, pairs: Sequence[tuple[PlanarSequence, int]], features: C
         image0, image1 = map(read_image, paths)
         found0, found1 = (features(f"{sequence.name}/{path.name}") for path in paths)
         points0, points1 = matched_points(found0, found1)
-        errors = _distances(_project(points0, sequence.homographies[number]), points1)
+        errors = transfer_errors(points0, points1, sequence.homographies[number])
         title = f"{sequence.name} 1, {number}: {len(errors)} matches, {100 * mma([errors], [3])[0]:.0f} % within 3 px"
         matches.append([(title, draw_errors(image0, image1, points0, points1, errors))])
         keypoints.append(feature_tiles(image0, found0) + feature_tiles(image1, found1))
@@ -273,33 +256,7 @@ def _draw(folder: Path, pairs: Sequence[tuple[PlanarSequence, int]], features: C
     save_png(folder / "keypoints.png", panel(keypoints, height=320))
 
 
-def write_comparison(output: str | Path, dataset: Mapping[str, Any]) -> None:
-    """Writes ``table.md``, ``mma.png`` and ``homography.png`` of all methods in an evaluation folder."""
-    found = collect_results(output, dataset)
-    rows = []
-    for results in found:
-        for subset, curve in results["mma"].items():
-            percent = [f"{100 * curve[t - 1]:.1f}" for t in (1, 3, 5, 10)]
-            auc, matches = f"{100 * results['auc5'][subset]:.1f}", f"{results['matches'][subset]:.0f}"
-            corners = [f"{100 * value:.1f}" for value in results["homography_auc"][subset]]
-            number = f"{results['features']['mean']:.0f}"
-            rows.append([results["name"], subset, *percent, auc, *corners, number, matches])
-    header = ["method", "subset", "MMA@1", "MMA@3", "MMA@5", "MMA@10", "AUC@5"]
-    header += [*(f"H AUC@{t}" for t in CORNER_THRESHOLDS), "features/image", "matches/pair"]
-    write_table(Path(output) / "table.md", header, rows)
-    mma_figure(Path(output) / "mma.png", {results["name"]: results["mma"] for results in found})
-    errors = {
-        results["name"]: [np.inf if p["corner_error"] is None else p["corner_error"] for p in results["pairs"]]
-        for results in found
-    }
-    areas = {results["name"]: results["homography_auc"]["all"] for results in found}
-    path = Path(output) / "homography.png"
-    error_figure(path, errors, areas, thresholds=CORNER_THRESHOLDS, xlabel="Corner error of the homography [px]")
-
-
-def _summary(
-    errors: Sequence[np.ndarray], corners: Sequence[float], subsets: Sequence[str | None]
-) -> dict[str, dict[str, Any]]:
+def _summary(errors: Sequence[np.ndarray], corners: Sequence[float], subsets: Sequence[str | None]) -> dict[str, Any]:
     """``mma``, ``auc5``, ``matches`` and ``homography_auc`` by subset."""
     summary: dict[str, dict[str, Any]] = {"mma": {}, "auc5": {}, "matches": {}, "homography_auc": {}}
     for subset in ("all", *SUBSETS.values()):

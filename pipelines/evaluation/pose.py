@@ -9,22 +9,28 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import poselib
 from upath import UPath
 
-from samfeat.pipelines.evaluate import collect_results, error_auc, predict, shown_pairs, write_results, write_table
+from samfeat.images import read_image
 from samfeat.pipelines.evaluation.camera_poses import Pose, read_cameras, rotation_angle
-from samfeat.pipelines.extract import Progress
+from samfeat.pipelines.evaluation.per_scene import RATIO_MEANING, RATIOS, check_ratios, ratio_label
+from samfeat.pipelines.evaluation.protocol import Evaluation, Job, Results, predict, shown_pairs
 from samfeat.pipelines.features.formats import Features
-from samfeat.pipelines.features.methods import Method
-from samfeat.pipelines.match import matched_points
-from samfeat.pipelines.pictures.draw import draw_errors, error_figure, panel, save_png
-from samfeat.pipelines.sources.megadepth import find_file, read_scene_info
-from samfeat.teacher_cache.images import read_image
+from samfeat.pipelines.features.protocol import Method
+from samfeat.pipelines.metrics import error_auc, matched_points
+from samfeat.pipelines.pictures.charts import error_chart
+from samfeat.pipelines.pictures.draw import draw_errors, panel, save_png
+from samfeat.pipelines.pictures.tables import Cell, Column, Table
+from samfeat.teacher_cache.sources.megadepth import find_file, read_scene_info
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 THRESHOLDS = (5, 10, 20)  # degrees
 RANSAC = {"max_epipolar_error": 1.0, "success_prob": 0.9999, "max_iterations": 10_000, "seed": 0}  # error in pixels
@@ -32,7 +38,7 @@ RIGHT_MATCH = 5e-4  # squared symmetric epipolar distance in normalised coordina
 
 
 class PosePair(NamedTuple):
-    """Two images and how one camera stands to the other.
+    """Two images and the relative pose of their cameras.
 
     Attributes:
         image0, image1: names, relative to the folder of the data.
@@ -190,116 +196,178 @@ def _joined(rotation: Any, translation: Any) -> np.ndarray:
     return np.column_stack([np.reshape(np.array(rotation, np.float64), (3, 3)), np.array(translation, np.float64)])
 
 
-def evaluate_pose(
-    folder: str | Path,
-    output: str | Path,
-    *,
-    method: Method,
-    name: str | None = None,
-    overwrite: bool = False,
-    progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Evaluates a method on pairs of images with known relative pose.
+@dataclass(frozen=True)
+class MeasuredPair:
+    """Accuracy of the estimated pose of a pair; the errors, in degrees, are None if there is no pose.
 
-    Writes ``<output>/<name>/features.h5``, ``results.json`` and ``matches.png``, and from the results of all methods in
-    ``output`` the table ``table.md`` and the figure ``pose.png``.
-
-    Args:
-        folder: images and pairs, see :func:`find_pairs`.
-        output: folder of this evaluation, for any number of methods.
-        method: what is evaluated.
-        name: what the method is called in the output; by default its own name.
-        overwrite: compute features anew that are stored already.
-        progress: called with (done, total), first over images whose features had to be computed, then over pairs.
-
-    Returns:
-        what ``results.json`` holds: ``name``, ``method`` (configuration), ``dataset``, ``thresholds`` (degrees),
-        ``estimation``, ``auc`` (one a threshold, in [0, 1]), ``precision`` (mean share of matches whose epipolar error
-        is below ``RIGHT_MATCH``), mean ``matches`` and ``inliers``, ``failed`` (pairs without a pose), and one entry a
-        pair in ``pairs``; an error is None where there was no pose.
-
-    Raises:
-        FileNotFoundError: a folder or an image is missing.
-        ValueError: a bad list or image; stored features of another configuration or other images; or results on
-            other pairs in ``output``.
+    Attributes:
+        images: names of the two images.
+        rotation_error: see :class:`PoseError`.
+        translation_error: see :class:`PoseError`.
+        matches: number of matches.
+        inliers: of the essential matrix.
+        precision: share of matches whose epipolar error is below ``RIGHT_MATCH``.
     """
-    pairs, paths = find_pairs(folder)
-    name = name or method.name
-    dataset = {"pairs": len(pairs), "images": len(paths), "sha256": _sha256(pairs)}
-    collect_results(output, dataset, replacing=name)
-    store = Path(output) / name / "features.h5"
-    features = predict(paths, store, method=method, overwrite=overwrite, progress=progress)
-    measured = []
-    for done, pair in enumerate(pairs, start=1):
-        measured.append(_measure(pair, *matched_points(features(pair.image0), features(pair.image1))))
-        if progress:
-            progress(done, len(pairs))
-    results = {
-        "name": name,
-        "method": dict(method.config),
-        "dataset": dataset,
-        "thresholds": list(THRESHOLDS),
-        "estimation": {"poselib": poselib.__version__, **RANSAC},
-        "auc": error_auc(_errors(measured), THRESHOLDS),
-        **{key: float(np.mean([entry[key] for entry in measured])) for key in ("precision", "matches", "inliers")},
-        "failed": sum(entry["rotation_error"] is None for entry in measured),
-        "pairs": measured,
-    }
-    write_results(Path(output) / name, results)
-    rows = [[_picture(pair, entry, paths, features)] for pair, entry in shown_pairs(list(zip(pairs, measured)))]
-    save_png(Path(output) / name / "matches.png", panel(rows, height=320))
-    write_comparison(output, dataset)
-    return results
+
+    images: list[str]
+    rotation_error: float | None
+    translation_error: float | None
+    matches: int
+    inliers: int
+    precision: float
+
+    @property
+    def worse(self) -> float:
+        """The larger error in degrees, infinity if there is no pose."""
+        if self.rotation_error is None or self.translation_error is None:
+            return float("inf")
+        return max(self.rotation_error, self.translation_error)
 
 
-def _measure(pair: PosePair, points0: np.ndarray, points1: np.ndarray) -> dict[str, Any]:
+@dataclass(frozen=True)
+class MeasuredPairs:
+    """Of all pairs matched with one ratio.
+
+    Attributes:
+        auc: area under the curve of pose errors up to each threshold, in [0, 1].
+        precision: mean over pairs.
+        matches: mean over pairs.
+        inliers: mean over pairs.
+        failed: number of pairs without a pose.
+        pairs: one entry per pair.
+    """
+
+    auc: list[float]
+    precision: float
+    matches: float
+    inliers: float
+    failed: int
+    pairs: list[MeasuredPair]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoseResults(Results):
+    """Pose errors.
+
+    Attributes:
+        thresholds: in degrees.
+        estimation: options of PoseLib and its version.
+        ratios: by ratio of distances, ``none`` or a number.
+    """
+
+    thresholds: list[int]
+    estimation: dict[str, Any]
+    ratios: dict[str, MeasuredPairs]
+
+
+@dataclass(frozen=True)
+class RelativePose(Evaluation[Method, PoseResults]):
+    """Relative pose of pairs of images, see :func:`find_pairs`. Draws ``matches.png`` of some pairs for every method.
+
+    Attributes:
+        ratios: of distances to the best and the second best descriptor, which are then compared at unit length; None
+            for none.
+    """
+
+    ratios: tuple[float | None, ...] = RATIOS
+
+    results = PoseResults
+    title = "Relative pose"
+    meaning = (
+        "Pairs of photographs with known relative pose. The essential matrix of the matches gives a rotation and a "
+        "direction of translation; the larger of the two angles by which they are off is the error of the pair."
+    )
+
+    def __post_init__(self) -> None:
+        check_ratios(self.ratios)
+
+    def run(self, job: Job[Method]) -> PoseResults:
+        """Matches and measures every pair with every ratio."""
+        pairs, paths = find_pairs(job.data)
+        shared = job.start({"pairs": len(pairs), "images": len(paths), "sha256": _sha256(pairs)})
+        features = predict(job, paths)
+        measured: dict[str, MeasuredPairs] = {}
+        for number, ratio in enumerate(self.ratios):
+            entries = []
+            for done, pair in enumerate(pairs, start=1 + number * len(pairs)):
+                points = matched_points(features(pair.image0), features(pair.image1), ratio=ratio)
+                entries.append(_measure(pair, *points))
+                if job.progress:
+                    job.progress(done, len(self.ratios) * len(pairs))
+            measured[ratio_label(ratio)] = _summary(entries)
+            rows = [
+                [_picture(pair, entry, paths, features, ratio)]
+                for pair, entry in shown_pairs(list(zip(pairs, entries)))
+            ]
+            save_png(job.folder / f"matches, ratio {ratio_label(ratio)}.png", panel(rows, height=320))
+        estimation = {"poselib": poselib.__version__, **RANSAC}
+        return PoseResults(**shared, thresholds=list(THRESHOLDS), estimation=estimation, ratios=measured)
+
+    def table(self, found: Sequence[PoseResults]) -> Table:
+        """One row per method and ratio."""
+        columns = [Column("method"), Column("ratio", RATIO_MEANING)]
+        columns += [
+            Column(f"AUC@{t}", f"area under the curve of pose errors up to {t} degrees, in %", ".1f", "highest")
+            for t in THRESHOLDS
+        ]
+        columns += [
+            Column("precision", "mean share of matches that agree with the true pose, in %", ".1f", "highest"),
+            Column("matches/pair", "mean number of matches", ".0f"),
+            Column("inliers/pair", "mean number of matches that agree with the estimated pose", ".0f"),
+            Column("failed", "pairs without a pose", "d", "lowest"),
+        ]
+        rows: list[list[Cell]] = []
+        for results in found:
+            for ratio, m in results.ratios.items():
+                shares = [100 * share for share in (*m.auc, m.precision)]
+                rows.append([results.name, ratio, *shares, m.matches, m.inliers, m.failed])
+        return Table(columns, rows)
+
+    def figures(self, found: Sequence[PoseResults]) -> dict[str, Figure]:
+        """Recall over the pose error, and the areas below."""
+        lines = {f"{r.name}, ratio {ratio}": m for r in found for ratio, m in r.ratios.items()}
+        errors = {label: [pair.worse for pair in m.pairs] for label, m in lines.items()}
+        areas = {label: m.auc for label, m in lines.items()}
+        return {"pose": error_chart(errors, areas, thresholds=THRESHOLDS, xlabel="Pose error [degrees]")}
+
+
+def _measure(pair: PosePair, points0: np.ndarray, points1: np.ndarray) -> MeasuredPair:
     right = epipolar_errors(points0, points1, pair) < RIGHT_MATCH
     error, inliers = estimate_pose(points0, points1, pair)
-    return {
-        "images": [pair.image0, pair.image1],
-        "rotation_error": None if error is None else error.rotation,
-        "translation_error": None if error is None else error.translation,
-        "matches": len(points0),
-        "inliers": inliers,
-        "precision": float(right.mean()) if len(right) else 0.0,
-    }
+    return MeasuredPair(
+        images=[pair.image0, pair.image1],
+        rotation_error=None if error is None else error.rotation,
+        translation_error=None if error is None else error.translation,
+        matches=len(points0),
+        inliers=inliers,
+        precision=float(right.mean()) if len(right) else 0.0,
+    )
 
 
-def _errors(measured: Sequence[Mapping[str, Any]]) -> list[float]:
-    """The larger error of every pair in degrees, infinity where there is no pose."""
-    return [
-        np.inf
-        if entry["rotation_error"] is None
-        else PoseError(entry["rotation_error"], entry["translation_error"]).worse
-        for entry in measured
-    ]
+def _summary(entries: list[MeasuredPair]) -> MeasuredPairs:
+    return MeasuredPairs(
+        auc=error_auc([entry.worse for entry in entries], THRESHOLDS),
+        precision=float(np.mean([entry.precision for entry in entries])),
+        matches=float(np.mean([entry.matches for entry in entries])),
+        inliers=float(np.mean([entry.inliers for entry in entries])),
+        failed=sum(entry.rotation_error is None for entry in entries),
+        pairs=entries,
+    )
 
 
 def _picture(
-    pair: PosePair, entry: Mapping[str, Any], paths: Mapping[str, Path], features: Callable[[str], Features]
+    pair: PosePair,
+    entry: MeasuredPair,
+    paths: Mapping[str, Path],
+    features: Callable[[str], Features],
+    ratio: float | None,
 ) -> tuple[str, np.ndarray]:
     """Title and matches of a pair, green where they agree with the true pose, red at ten times the limit."""
-    points0, points1 = matched_points(features(pair.image0), features(pair.image1))
+    points0, points1 = matched_points(features(pair.image0), features(pair.image1), ratio=ratio)
     errors = np.sqrt(epipolar_errors(points0, points1, pair))
     image0, image1 = read_image(paths[pair.image0]), read_image(paths[pair.image1])
-    off = _errors([entry])[0]
-    title = f"{pair.image0}, {pair.image1}: off by {off:.1f} deg, {100 * entry['precision']:.0f} % right"
+    title = f"{pair.image0}, {pair.image1}: off by {entry.worse:.1f} deg, {100 * entry.precision:.0f} % right"
     return title, draw_errors(image0, image1, points0, points1, errors, worst=np.sqrt(10 * RIGHT_MATCH))
-
-
-def write_comparison(output: str | Path, dataset: Mapping[str, Any]) -> None:
-    """Writes ``table.md`` and ``pose.png`` of all methods in an evaluation folder."""
-    found = collect_results(output, dataset)
-    rows = []
-    for results in found:
-        shares = [f"{100 * value:.1f}" for value in (*results["auc"], results["precision"])]
-        counts = [f"{results['matches']:.0f}", f"{results['inliers']:.0f}", str(results["failed"])]
-        rows.append([results["name"], *shares, *counts])
-    header = ["method", *(f"AUC@{t}" for t in THRESHOLDS), "precision", "matches/pair", "inliers/pair", "failed"]
-    write_table(Path(output) / "table.md", header, rows)
-    errors = {results["name"]: _errors(results["pairs"]) for results in found}
-    areas = {results["name"]: results["auc"] for results in found}
-    error_figure(Path(output) / "pose.png", errors, areas, thresholds=THRESHOLDS, xlabel="Pose error [degrees]")
 
 
 def _sha256(pairs: Sequence[PosePair]) -> str:

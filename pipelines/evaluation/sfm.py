@@ -22,7 +22,7 @@ from samfeat.pipelines.evaluation.camera_poses import Pose, PosedCamera
 from samfeat.pipelines.extract import Progress
 from samfeat.pipelines.features.formats import Features
 from samfeat.pipelines.files import write_json
-from samfeat.pipelines.match import mutual_matches
+from samfeat.pipelines.metrics import mutual_matches
 
 SEED = 0
 PIXEL_CENTRE = 0.5  # COLMAP's (0, 0) is the corner of the top-left pixel, ours its centre

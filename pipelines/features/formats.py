@@ -16,7 +16,6 @@ Matches are int64 [M, 2]: indices into the features of one image and of the othe
 from __future__ import annotations
 
 import io
-import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -28,7 +27,8 @@ import h5py
 import numpy as np
 import pycolmap
 
-from samfeat.pipelines.features.parts import open_hdf5
+from samfeat.pipelines.colmap_database import database_errors
+from samfeat.pipelines.features.parts import open_hdf5, read_config
 from samfeat.pipelines.files import umask
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class FeatureFile(Mapping[str, Features]):
         names: list[str] = []
         with open_hdf5(self.path) as file:
             file.visititems(lambda name, entry: names.append(name) if "keypoints" in _datasets(entry) else None)
-            self.config: dict[str, Any] | None = json.loads(file.attrs.get("config", "null"))
+            self.config = read_config(file)
         if not names:
             raise ValueError(f"{self.path} holds no features: give a file that `extract`, or hloc, wrote")
         self._names = sorted(names)
@@ -89,9 +89,15 @@ def read_features(file: h5py.File, name: str) -> Features:
 
     Raises:
         KeyError: the file has no such image.
-        ValueError: arrays are missing or of other shapes.
+        ValueError: arrays are missing, or of other shapes or types.
     """
-    features = {key: dataset[()] for key, dataset in file[name].items() if isinstance(dataset, h5py.Dataset)}
+    group = file[name]
+    if not isinstance(group, h5py.Group):
+        raise ValueError(f"{name} is not a group of arrays, as hloc's layout has them")
+    features = {key: np.asarray(dataset[()]) for key, dataset in group.items() if isinstance(dataset, h5py.Dataset)}
+    for key in ("keypoints", "descriptors", "scores"):
+        if key in features and features[key].dtype.kind not in "fiu":
+            raise ValueError(f"{name} holds no local features: {key} are not numbers but {features[key].dtype}")
     if "descriptors" in features:
         features["descriptors"] = np.ascontiguousarray(features["descriptors"].T)
     shapes = {key: values.shape for key, values in features.items()}
@@ -122,12 +128,17 @@ def write_matches(file: h5py.File, pair: tuple[str, str], found: Mapping[str, np
         found: ``matches`` int64 [M, 2] and ``scores`` float32 [M].
         count0: number of features of the first image.
     """
-    group = file.create_group("/".join(name.replace("/", "-") for name in pair))
+    group = file.create_group(pair_group(pair))
     index0, index1 = found["matches"].T
     matches0, scores0 = np.full(count0, -1, np.int32), np.zeros(count0, np.float32)
     matches0[index0], scores0[index0] = index1, found["scores"]
     group.create_dataset("matches0", data=matches0)
     group.create_dataset("matching_scores0", data=scores0)
+
+
+def pair_group(pair: tuple[str, str]) -> str:
+    """The group of a pair's matches in hloc's layout."""
+    return "/".join(name.replace("/", "-") for name in pair)
 
 
 def d2net_bytes(features: Features) -> bytes:
@@ -210,11 +221,11 @@ def write_colmap_database(
     handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
     os.close(handle)
     try:
-        with _quiet(), pycolmap.Database.open(partial) as database:
+        with database_errors(partial), _quiet(), pycolmap.Database.open(partial) as database:
             numbers = _write_images(database, images, features, cameras or {})
             _write_matches(database, numbers, matches)
         if verify:
-            with _quiet():
+            with database_errors(partial), _quiet():
                 options = pycolmap.TwoViewGeometryOptions()
                 options.ransac.random_seed = 0
                 pycolmap.geometric_verification(partial, two_view_geometry_options=options)
@@ -306,10 +317,13 @@ def _write_matches(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """COLMAP says what goes wrong, and nothing else."""
+    """COLMAP logs nothing short of a crash; what it raises about its database is an OSError."""
     level = pycolmap.logging.minloglevel
-    pycolmap.logging.minloglevel = pycolmap.logging.Level.WARNING.value
+    pycolmap.logging.minloglevel = pycolmap.logging.Level.FATAL.value
     try:
         yield
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise OSError(f"COLMAP cannot write its database ({reason}): is the disk full?") from error
     finally:
         pycolmap.logging.minloglevel = level

@@ -10,7 +10,9 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +21,12 @@ from typing import Any
 import h5py
 import numpy as np
 
-from samfeat.pipelines.files import umask, write_bytes, write_json
+from samfeat.pipelines.files import read_json, umask, write_bytes, write_json
+
+# How h5py's messages begin where a file is damaged; that an object does not exist is none of them.
+DAMAGE = re.compile(
+    r"Unable to (?!.*(?:doesn't exist|component not found))|Can't |Unspecified error|Link iteration|Object visit"
+)
 
 
 class Parts:
@@ -38,7 +45,7 @@ class Parts:
         self._salt = json.dumps(dict(config), sort_keys=True)
         record = self.folder / "config.json"
         if record.exists():
-            check_config(json.loads(record.read_text()), config, self.folder)
+            check_config(read_json(record), config, self.folder)
         else:
             write_json(record, dict(config))
 
@@ -46,8 +53,14 @@ class Parts:
         return self._path(key).exists()
 
     def __getitem__(self, key: str) -> dict[str, np.ndarray]:
-        with np.load(self._path(key), allow_pickle=False) as file:
-            return dict(file)
+        path = self._path(key)
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                return dict(file)
+        except (ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+            raise ValueError(
+                f"{path} is damaged ({_first_line(error)}): remove it, and run the command again"
+            ) from None
 
     def add(self, key: str, arrays: Mapping[str, np.ndarray]) -> None:
         """Keeps a part."""
@@ -91,7 +104,7 @@ def _folder(output: Path) -> Path:
 
 
 def check_config(stored: Mapping[str, Any] | None, config: Mapping[str, Any], where: Path) -> None:
-    """Refuses to go on with what was made by another configuration; None = nothing stored yet.
+    """Refuses to continue what was made with another configuration; None = nothing stored yet.
 
     Raises:
         ValueError: naming the differences.
@@ -107,15 +120,44 @@ def check_config(stored: Mapping[str, Any] | None, config: Mapping[str, Any], wh
     raise ValueError(f"{where} holds results of another configuration ({changes}): choose another file, or overwrite")
 
 
-def open_hdf5(path: Path) -> h5py.File:
+@contextmanager
+def open_hdf5(path: Path) -> Iterator[h5py.File]:
     """An HDF5 file to read.
 
     Raises:
-        OSError: it is damaged, absent or something else.
+        OSError: it is absent, something else, or damaged, be that found when it is opened or inside the block.
     """
     try:
-        return h5py.File(path, "r")
+        file = h5py.File(path, "r")
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} does not exist") from None
-    except OSError as error:
-        raise OSError(f"{path} cannot be opened as HDF5 ({str(error).splitlines()[0]}): make it again") from None
+    except (OSError, RuntimeError, ValueError) as error:
+        raise OSError(f"{path} cannot be opened as HDF5 ({_first_line(error)}): make it again") from None
+    with file:
+        try:
+            yield file
+        except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
+            if not DAMAGE.match(_first_line(error)):
+                raise
+            raise OSError(f"{path} is damaged ({_first_line(error)}): make it again") from None
+
+
+def read_config(file: h5py.File) -> dict[str, Any] | None:
+    """The configuration that a file of ours was made with; None in files of other programs.
+
+    Raises:
+        ValueError: it is not a JSON object.
+    """
+    text = file.attrs.get("config", "null")
+    try:
+        config = json.loads(text)
+        if config is not None and not isinstance(config, dict):
+            raise ValueError
+    except (TypeError, ValueError, RecursionError):
+        raise ValueError(f"{file.filename}: its attribute config is not a JSON object: make the file again") from None
+    return config
+
+
+def _first_line(error: BaseException) -> str:
+    text = error.args[0] if isinstance(error, KeyError) and error.args else error  # whose str is a repr
+    return (str(text).splitlines() or [type(error).__name__])[0]

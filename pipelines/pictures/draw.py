@@ -5,10 +5,9 @@ Points are (x, y) in pixels, (0, 0) is the centre of the top-left pixel.
 
 from __future__ import annotations
 
-import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import cv2
 import numpy as np
@@ -16,13 +15,14 @@ import numpy as np
 from samfeat.pipelines.files import write_bytes
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from PIL.ImageFont import FreeTypeFont
 
 GREEN, RED, YELLOW = (60, 200, 90), (225, 65, 60), (255, 210, 60)
 INK, PAPER = (30, 30, 30), (255, 255, 255)
 WORST = 5.0  # pixels, the error from which on a match is plain red
-MOST = 300  # matches of a picture; more lines than that hide the images
-LEAST = 320  # pixels, the least side of an image before anything is drawn over it
+MOST = 100  # matches of a picture; more lines than that hide the images
+OPACITY = 0.6  # of the line of a match
+LEAST = 320  # pixels, minimum side of an image before anything is drawn over it
 _SHIFT = 4  # OpenCV draws in fixed point: coordinates in 1 / 2**_SHIFT pixels
 
 
@@ -34,7 +34,7 @@ def draw_matches(
     *,
     colors: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Two images side by side with a thin line for every match.
+    """Two images side by side with a thin, translucent line for every match.
 
     Args:
         image0: left image, uint8 [H0, W0, 3].
@@ -53,10 +53,13 @@ def draw_matches(
     if colors is None:
         colors = np.tile(np.array(GREEN, np.uint8), (len(points0), 1))
     starts, ends = _fixed(points0), _fixed(np.asarray(points1) + (offset, 0))
+    lines, width = canvas.copy(), _line_width(canvas[:, :offset])
     for start, end, color in zip(starts, ends, colors.tolist(), strict=True):
-        cv2.line(canvas, start, end, color, 1, cv2.LINE_AA, _SHIFT)
+        cv2.line(lines, start, end, color, width, cv2.LINE_AA, _SHIFT)
+    canvas = cv2.addWeighted(lines, OPACITY, canvas, 1 - OPACITY, 0)
+    for start, end, color in zip(starts, ends, colors.tolist(), strict=True):
         for point in (start, end):
-            cv2.circle(canvas, point, 2 << _SHIFT, color, -1, cv2.LINE_AA, _SHIFT)
+            cv2.circle(canvas, point, 2 * width << _SHIFT, color, -1, cv2.LINE_AA, _SHIFT)
     return canvas
 
 
@@ -95,9 +98,10 @@ def draw_keypoints(image: np.ndarray, keypoints: np.ndarray, scores: np.ndarray 
     else:
         order = np.argsort(scores)
         keypoints, colors = np.asarray(keypoints)[order], color_map(np.arange(len(order))[None], "plasma")[0]
+    width = _line_width(image)
     for point, color in zip(_fixed(keypoints), colors.tolist(), strict=True):
-        cv2.circle(canvas, point, 4 << _SHIFT, INK, 3, cv2.LINE_AA, _SHIFT)
-        cv2.circle(canvas, point, 4 << _SHIFT, color, 1, cv2.LINE_AA, _SHIFT)
+        cv2.circle(canvas, point, 4 * width << _SHIFT, INK, 3 * width, cv2.LINE_AA, _SHIFT)
+        cv2.circle(canvas, point, 4 * width << _SHIFT, color, width, cv2.LINE_AA, _SHIFT)
     return canvas
 
 
@@ -133,23 +137,31 @@ def color_groups(groups: np.ndarray, image: np.ndarray | None = None) -> np.ndar
     return picture
 
 
-def pca_rgb(embedding: np.ndarray) -> np.ndarray:
-    """The three strongest principal components of an embedding [C, h, w] as red, green and blue, uint8 [h, w, 3].
+def pca_rgb(embeddings: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """The three strongest principal components of embeddings as red, green and blue, the same ones for all of them.
 
     Each component runs from its 1st to its 99th percentile; missing and constant ones are zero.
+
+    Args:
+        embeddings: [C, h, w], of one C.
+
+    Returns:
+        uint8 [h, w, 3] for each.
     """
-    channels, height, width = embedding.shape
-    vectors = embedding.reshape(channels, -1).astype(np.float64).T
+    flat = [embedding.reshape(len(embedding), -1).astype(np.float64).T for embedding in embeddings]
+    vectors = np.concatenate(flat)
     vectors -= vectors.mean(0)
     strength, axes = np.linalg.eigh(vectors.T @ vectors)
     axes = axes[:, ::-1][:, :3]
     axes = axes * np.where(axes.sum(0) < 0, -1, 1)  # eigenvectors have no sign of their own
     axes = axes * (strength[::-1][:3] > 1e-9 * max(strength[-1], 1e-12))
-    parts = np.zeros((height * width, 3))
+    parts = np.zeros((len(vectors), 3))
     parts[:, : axes.shape[1]] = vectors @ axes
     low, high = np.percentile(parts, (1, 99), axis=0)
     span = np.where(high > low, high - low, np.inf)
-    return (255 * np.clip((parts - low) / span, 0, 1)).round().astype(np.uint8).reshape(height, width, 3)
+    colors = (255 * np.clip((parts - low) / span, 0, 1)).round().astype(np.uint8)
+    ends = np.cumsum([len(values) for values in flat])[:-1]
+    return [part.reshape(*e.shape[1:], 3) for part, e in zip(np.split(colors, ends), embeddings, strict=True)]
 
 
 def color_map(
@@ -207,136 +219,14 @@ def jpeg(image: np.ndarray) -> bytes:
 
 
 def save_png(path: str | Path, image: np.ndarray) -> Path:
-    """Writes uint8 [H, W, 3] in RGB as PNG, whole or not at all; returns the path."""
+    """Write uint8 [H, W, 3] in RGB as PNG, atomically; returns the path."""
     _, data = cv2.imencode(".png", image[..., ::-1])
     return write_bytes(path, data.tobytes())
 
 
-def mma_figure(path: str | Path, curves: Mapping[str, Mapping[str, Sequence[float]]]) -> Path:
-    """Mean matching accuracy over the threshold, one plot for every subset, one line for every method.
-
-    Args:
-        path: PNG to write.
-        curves: accuracies in [0, 1] at 1, 2, ... pixels, by method and then by subset, such as
-            ``{"sift": {"all": [...], "viewpoint": [...]}}``.
-    """
-    from matplotlib.figure import Figure
-
-    subsets = list(dict.fromkeys(subset for values in curves.values() for subset in values))
-    figure = Figure(figsize=(1.2 + 3.6 * len(subsets), 4.2), layout="constrained")
-    axes = figure.subplots(1, len(subsets), sharey=True, squeeze=False)[0]
-    for axis, subset in zip(axes, subsets):
-        for method, values in curves.items():
-            if subset in values:
-                accuracies = values[subset]
-                axis.plot(range(1, len(accuracies) + 1), accuracies, marker="o", markersize=3, label=method)
-        axis.set(title=subset.capitalize(), xlabel="Threshold [px]", ylim=(0, 1), xticks=range(1, 11))
-        axis.grid(alpha=0.35)
-    axes[0].set_ylabel("MMA")
-    axes[0].legend(loc="lower right")
-    return save_figure(path, figure)
-
-
-def error_figure(
-    path: str | Path,
-    errors: Mapping[str, Sequence[float]],
-    areas: Mapping[str, Sequence[float]],
-    *,
-    thresholds: Sequence[float],
-    xlabel: str,
-) -> Path:
-    """Share of pairs whose error is below a limit, over the limit; and the area under that curve, as bars.
-
-    Args:
-        path: PNG to write.
-        errors: by method, one error a pair, infinity for a failure.
-        areas: by method, the area up to each threshold, in [0, 1].
-        thresholds: ascending; the last one ends the curve.
-        xlabel: what the error is, with its unit.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    curve, bars = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
-    width = 0.8 / max(1, len(errors))
-    for place, (method, values) in enumerate(errors.items()):
-        inside = sorted(value for value in values if value <= thresholds[-1])
-        share = np.arange(len(inside) + 1) / len(values)
-        curve.step([0, *inside, thresholds[-1]], [*share, share[-1]], where="post", label=method)
-        offset = (place - (len(errors) - 1) / 2) * width
-        bars.bar(np.arange(len(thresholds)) + offset, areas[method], width, label=method)
-    curve.set(xlabel=xlabel, ylabel="Share of pairs", xlim=(0, thresholds[-1]), ylim=(0, 1))
-    bars.set(title="Area under the curve", xticks=range(len(thresholds)), xticklabels=[f"@{t:g}" for t in thresholds])
-    curve.legend(loc="upper left")
-    for axis in (curve, bars):
-        axis.grid(alpha=0.35)
-    return save_figure(path, figure)
-
-
-def precision_recall_figure(
-    path: str | Path, curves: Mapping[str, tuple[Sequence[float], Sequence[float], Mapping[str, float]]]
-) -> Path:
-    """Precision over recall, one line a method with a mark at its best F, over lines of equal F.
-
-    Args:
-        path: PNG to write.
-        curves: by method, recalls, precisions, and the best point: ``recall``, ``precision``, ``f``.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.6, 5.2), layout="constrained")
-    axis = figure.subplots()
-    for f in np.arange(0.1, 1, 0.1):
-        recall = np.linspace(f / (2 - f) + 1e-9, 1, 100)
-        axis.plot(recall, f * recall / (2 * recall - f), color="0.85", linewidth=0.8, zorder=0)
-        axis.text(1.01, f / (2 - f), f"{f:.1f}", color="0.6", fontsize=8, va="center")
-    for method, (recalls, precisions, best) in curves.items():
-        (line,) = axis.plot(recalls, precisions, label=f"{method}, F {best['f']:.2f}")
-        axis.plot(best["recall"], best["precision"], "o", color=line.get_color())
-    axis.set(xlabel="Recall", ylabel="Precision", xlim=(0, 1), ylim=(0, 1), aspect="equal")
-    axis.legend(loc="lower left")
-    return save_figure(path, figure)
-
-
-def save_figure(path: str | Path, figure: Figure) -> Path:
-    """Writes a matplotlib figure as PNG, whole or not at all; returns the path."""
-    data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=150)
-    return write_bytes(path, data.getvalue())
-
-
-def bar_figure(path: str | Path, panels: Mapping[str, Mapping[str, Mapping[str, float | None]]]) -> Path:
-    """Bars: one plot for every quantity, in it one group for every scene with one bar for every method.
-
-    Args:
-        path: PNG to write.
-        panels: values by quantity, scene and method; None has no bar, nor has a quantity that nobody has a plot.
-    """
-    from matplotlib.figure import Figure
-
-    def known(scenes: Mapping[str, Mapping[str, float | None]]) -> bool:
-        return any(value is not None for values in scenes.values() for value in values.values())
-
-    shown = {title: scenes for title, scenes in panels.items() if known(scenes)}
-    methods = list(dict.fromkeys(m for scenes in shown.values() for values in scenes.values() for m in values))
-    columns = max(1, min(3, len(shown)))
-    rows = max(1, -(-len(shown) // columns))
-    figure = Figure(figsize=(1 + 4.2 * columns, 0.6 + 2.9 * rows), layout="constrained")
-    plots = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axis, (title, scenes) in zip(plots, shown.items()):
-        width = 0.8 / len(methods)
-        for number, method in enumerate(methods):
-            places = [k + (number - (len(methods) - 1) / 2) * width for k in range(len(scenes))]
-            heights = [values.get(method) or 0.0 for values in scenes.values()]
-            axis.bar(places, heights, width, label=method, color=f"C{number}")
-        axis.set(title=title, xticks=range(len(scenes)), xticklabels=list(scenes))
-        axis.tick_params(axis="x", labelsize=8)
-        axis.grid(axis="y", alpha=0.35)
-    for axis in plots[len(shown) :]:
-        axis.remove()
-    if shown:
-        figure.legend(*plots[0].get_legend_handles_labels(), loc="outside upper center", ncols=8, fontsize=9)
-    return save_figure(path, figure)
+def _line_width(image: np.ndarray) -> int:
+    """Pixels that are seen when an image of this size is shown in a window."""
+    return max(1, round(min(image.shape[:2]) / 480))
 
 
 def _fixed(points: np.ndarray) -> list[tuple[int, int]]:
@@ -350,14 +240,79 @@ def _scaled(image: np.ndarray, height: int) -> np.ndarray:
     return cv2.resize(image, (max(1, round(image.shape[1] * scale)), height), interpolation=method)
 
 
+def captioned(picture: np.ndarray, title: str, legend: Sequence[tuple[str, tuple[int, int, int]]] = ()) -> np.ndarray:
+    """A picture with a title above it, and below the title what the colours mean.
+
+    Args:
+        picture: uint8 [H, W, 3].
+        title: one line, shortened where the picture is too narrow for it.
+        legend: (meaning, colour); none means no such line.
+    """
+    from PIL import Image, ImageDraw
+
+    size = int(np.clip(picture.shape[1] / 62, 11, 36))
+    line = round(1.5 * size)
+    bar = line * (2 if legend else 1) + size // 2
+    sheet = Image.new("RGB", (picture.shape[1], len(picture) + bar), PAPER)
+    sheet.paste(Image.fromarray(picture), (0, bar))
+    pen, font = ImageDraw.Draw(sheet), _font(size)
+    pen.text((size // 2, size // 4), _shortened(title, font, picture.shape[1] - size), INK, font)
+    across = size // 2
+    for meaning, color in legend:
+        top = line + size // 2
+        pen.rectangle((across, top, across + 2 * size, top + size // 2), color)
+        pen.text((across + 2.5 * size, line + size // 8), meaning, INK, font)
+        across += round(3.5 * size + font.getlength(meaning))
+    return np.asarray(sheet)
+
+
+def with_scale(picture: np.ndarray, cmap: str, low: str, high: str) -> np.ndarray:
+    """A picture with the scale of its colours on the right, labelled at both ends.
+
+    Args:
+        picture: uint8 [H, W, 3].
+        cmap: matplotlib's name of the colours.
+        low: what the darkest end means.
+        high: what the brightest end means.
+    """
+    from PIL import Image, ImageDraw
+
+    height, width = picture.shape[:2]
+    size = max(10, height // 22)
+    font = _font(size)
+    gap, bar = size // 2, size
+    room = round(max(font.getlength(low), font.getlength(high))) + 2 * gap
+    sheet = Image.new("RGB", (width + gap + bar + room, height), PAPER)
+    sheet.paste(Image.fromarray(picture), (0, 0))
+    ramp = color_map(np.linspace(1, 0, height)[:, None], cmap, low=0, high=1).repeat(bar, axis=1)
+    sheet.paste(Image.fromarray(ramp), (width + gap, 0))
+    pen, left = ImageDraw.Draw(sheet), width + gap + bar + gap // 2
+    pen.text((left, 0), high, INK, font)
+    pen.text((left, height - round(1.3 * size)), low, INK, font)
+    return np.asarray(sheet)
+
+
+def _font(size: int) -> FreeTypeFont:
+    from PIL import ImageFont
+
+    return cast("FreeTypeFont", ImageFont.load_default(size=size))
+
+
+def _shortened(text: str, font: FreeTypeFont, width: int) -> str:
+    """As much of a text as fits, with an ellipsis where something is missing."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(f"{text}…") > width:
+        text = text[:-1]
+    return f"{text}…"
+
+
 def _titled(title: str, image: np.ndarray) -> np.ndarray:
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import Image, ImageDraw
 
     bar, margin = 24, 6
     sheet = Image.new("RGB", (image.shape[1] + 2 * margin, len(image) + bar + margin), PAPER)
     sheet.paste(Image.fromarray(image), (margin, bar))
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=14)
-    while title and pen.textlength(title, font) > image.shape[1]:
-        title = title[:-1]
-    pen.text((margin, 4), title, INK, font)
+    font = _font(14)
+    ImageDraw.Draw(sheet).text((margin, 4), _shortened(title, font, image.shape[1]), INK, font)
     return np.asarray(sheet)

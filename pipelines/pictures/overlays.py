@@ -1,4 +1,4 @@
-"""What a method makes of an image, as pictures: keypoints coloured by score, and dense maps over the image."""
+"""Pictures of a method's output: keypoints coloured by score, and dense maps over the image."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from samfeat.pipelines.pictures.draw import color_map, draw_keypoints, enlarged, enlargement
+from samfeat.pipelines.pictures.draw import color_map, draw_keypoints, enlarged, enlargement, with_scale
 
 SHOWN = 500  # keypoints; more circles than that hide the image
 MAPS: dict[str, tuple[str, str, float | None, float | None]] = {
@@ -22,7 +22,9 @@ MAPS: dict[str, tuple[str, str, float | None, float | None]] = {
 def feature_tiles(
     image: np.ndarray, features: Mapping[str, Any], maps: Mapping[str, np.ndarray] | None = None
 ) -> list[tuple[str, np.ndarray]]:
-    """Titled pictures of one size for :func:`samfeat.pipelines.pictures.draw.panel`: keypoints, then every map.
+    """Titled pictures of one height for :func:`samfeat.pipelines.pictures.draw.panel`: keypoints, then every map.
+
+    Every picture has the scale of its colours beside it.
 
     Args:
         image: uint8 [H, W, 3].
@@ -37,11 +39,16 @@ def feature_tiles(
     shown = f", the best {len(best)} drawn" if len(best) < len(scores) else ""
     span = f", scores {scores[best].min():.2g} to {scores[best].max():.2g}" if len(best) else ""
     drawn = draw_keypoints(large, (keypoints[best] + 0.5) * factor - 0.5, scores[best])
-    tiles = [(f"{len(scores)} keypoints{shown}{span}", drawn)]
+    scaled = with_scale(drawn, "plasma", f"rank {len(best)}", "rank 1") if len(best) > 1 else drawn
+    tiles = [(f"{len(scores)} keypoints{shown}{span}", scaled)]
     for key, values in (maps or {}).items():
         title, cmap, low, high = MAPS[key]
         values = np.asarray(values, np.float32)
-        tiles.append((f"{title}: {values.min():.2g} to {values.max():.2g}", overlay(large, values, cmap, low, high)))
+        bottom, top = (
+            float(end) for end in (values.min() if low is None else low, values.max() if high is None else high)
+        )
+        picture = with_scale(overlay(large, values, cmap, low, high), cmap, f"{bottom:.4g}", f"{top:.4g}")
+        tiles.append((f"{title}: {values.min():.4g} to {values.max():.4g}", picture))
     return tiles
 
 

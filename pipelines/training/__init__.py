@@ -1,1 +1,1 @@
-"""What stage two is made of: batches, objective, step, validation, checkpoints, reports, tables of ablations."""
+"""The parts of stage two: loader, batches, objective, validation, checkpoints, reports, tables of ablations."""

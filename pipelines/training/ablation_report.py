@@ -1,7 +1,7 @@
-"""What ablations came to: mean and spread over seeds beside the paper's numbers, as Markdown, JSON and plots.
+"""Results of ablations: mean and spread over seeds next to the paper's numbers, as Markdown, JSON and plots.
 
-Rows are compared seed by seed: the same seed means the same held-out images, the same order of the data and, where the
-networks agree, the same initial weights, so that a difference varies far less than the accuracies themselves.
+Rows are compared seed by seed: the same seed means the same held-out images, the same data order and, for equal
+networks, the same initial weights, so differences vary far less than the accuracies themselves.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from samfeat.pipelines.evaluate import markdown_table
 from samfeat.pipelines.files import write_bytes, write_json
+from samfeat.pipelines.pictures.tables import markdown_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MMA = ("mma@1", "mma@3", "mma@5")
-CHOSEN = "mma@3"  # what the paper's tables show
+CHOSEN = "mma@3"  # as in the paper's tables
 VALIDATION = "held-out views"
 
 
@@ -191,7 +191,7 @@ def _protocol(table: Mapping[str, Any]) -> str:
 
 
 def _plot(table: Mapping[str, Any]) -> bytes:
-    """Rows from top to bottom; a panel for each thing measured, one for the paper's numbers."""
+    """Rows from top to bottom; one panel per measurement, and one for the paper's numbers."""
     from matplotlib.figure import Figure
 
     labels = list(table["rows"])

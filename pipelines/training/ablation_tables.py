@@ -1,4 +1,4 @@
-"""The tables of an ablation: a YAML file read strictly, and the training run of every row and seed."""
+"""The tables of an ablation: strict reading of a YAML file, and the training run of every row and seed."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Row:
     """One row of a table.
 
     Attributes:
-        paper: the paper's number; None where the paper has none.
+        paper: the paper's number; None if there is none.
         change: configuration keys such as ``losses.wsc`` and their values.
-        extraction: options at test time that differ (:class:`samfeat.student.extractor.ExtractionConfig`).
+        extraction: test-time options to override (:class:`samfeat.student.extractor.ExtractionConfig`).
     """
 
     paper: float | None = None
@@ -41,9 +41,9 @@ class Table:
     Attributes:
         title: its title.
         measure: ``accuracy`` of trained students, or ``step_time`` of training.
-        paper: what the paper's numbers are, with their unit; empty without any.
+        paper: description of the paper's numbers, with their unit; empty if there are none.
         reference: the row that the others are compared with; by default the first one.
-        change: of all rows, before their own.
+        change: applied to all rows, before their own.
         rows: by name.
     """
 
@@ -81,7 +81,7 @@ class Run(NamedTuple):
 
 
 def load_ablations(path: str | Path | None = None) -> Ablations:
-    """Tables of a YAML file; without one the project's own.
+    """Load the tables in a YAML file; by default the project's own.
 
     Raises:
         FileNotFoundError: no such file.

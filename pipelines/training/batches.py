@@ -1,9 +1,9 @@
 """Cached targets -> training batches.
 
-Reading happens in threads, from the files straight into the batch, in the types that are stored; widening,
-homographies, photometric noise and the warping of targets happen in batches on the device. Every draw follows from
-(seed, step, place in the batch), so a resumed run repeats nothing and skips nothing, and several processes that share a
-batch make together what one would make.
+Threads read from the files directly into the batch, in the stored types; conversion to float, homographies, photometric
+noise and the warping of targets run on the device, one batch at a time. Every draw depends only on (seed, step,
+position in the batch), so a resumed run repeats and skips nothing, and several processes that share a batch make the
+same batch as one.
 """
 
 from __future__ import annotations
@@ -17,16 +17,28 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from samfeat.pipelines.config import DataConfig
-from samfeat.pipelines.homography import photometric, rasterise, sample_homographies, warp, warp_points, warp_targets
+from samfeat.pipelines.homography import (
+    photometric,
+    rasterise,
+    relight,
+    sample_homographies,
+    sample_views,
+    warp,
+    warp_points,
+    warp_smoothly,
+    warp_targets,
+)
 from samfeat.pipelines.training.cached import Source
+from samfeat.student.network import sample
 from samfeat.teacher_cache.schema import MAX_KEYPOINTS, POINTS, Targets
 from samfeat.teacher_cache.store import TeacherCache
 
-PREFETCHED = 2  # batches that wait for the step
-GRID = math.isqrt(POINTS - 1) + 1  # side of the least square grid with a cell for every point
+PREFETCHED = 2  # batches read ahead
+GRID = math.isqrt(POINTS - 1) + 1  # side of the smallest square grid with a cell for every point
 CELLS = np.stack(np.meshgrid(np.arange(GRID), np.arange(GRID)), axis=-1).reshape(-1, 2)  # (x, y)
 
 
@@ -36,18 +48,18 @@ class Item:
 
     Attributes:
         store: number of the store.
-        kind: ``real``: images 2 ``index`` and 2 ``index`` + 1 and their correspondences; ``synthetic``: an
-            image and its warp.
+        kind: ``real``: images 2 ``index`` and 2 ``index`` + 1 and their correspondences; ``aligned``: such images of
+            one fixed camera, which correspond pixel by pixel; ``synthetic``: an image and its warp.
         index: number of the pair; of the image in stores without pairs.
     """
 
     store: int
-    kind: Literal["real", "synthetic"]
+    kind: Literal["real", "aligned", "synthetic"]
     index: int
 
 
 class RawBatch(NamedTuple):
-    """A batch as read, on the host: M images, and B items that name two of them each.
+    """A batch as read, on the host: M images, and B items that refer to two of them each.
 
     Attributes:
         images: uint8 [M, H, W, 3].
@@ -55,13 +67,14 @@ class RawBatch(NamedTuple):
         embedding_scale: float32 [M, h, w].
         groups: int16 [M, H, W].
         edges: uint8 [M, H, W].
-        keypoints: float32 [M, K, 2], (x, y).
+        keypoints: float32 [M, K, 3], (x, y, score).
         keypoint_mask: bool [M, K].
         sides: int64 [2, B], rows of the arrays above: the left and the right image of each item; both sides of a
             synthetic item are the same image.
         points: float32 [2, B, n, 2], correspondences (x, y); side 1 is meaningless for synthetic items.
         valid: bool [B, n].
         synthetic: bool [B].
+        planar: bool [B], whether both images correspond pixel by pixel.
     """
 
     images: Tensor
@@ -75,18 +88,21 @@ class RawBatch(NamedTuple):
     points: Tensor
     valid: Tensor
     synthetic: Tensor
+    planar: Tensor
 
 
 class Batch(NamedTuple):
-    """What a training step sees: left images first, then right ones (2B in all).
+    """Input of a training step: left images first, then right ones (2B in total).
 
     Attributes:
         images: float [2B, 3, H, W] in [-1, 1], with photometric noise.
         labels: float [2B, H, W], 1 at detector labels.
+        keypoints: float [2B, K, 3], detector labels (x, y, score), unrounded; score 0 stands for none.
         label_mask: float [2B, H, W], 0 where the view shows nothing.
         points: float [2, B, n, 2], correspondences (x, y) in pixels.
         valid: bool [B, n].
         embedding: float [2B, C, h, w], teacher.
+        taught: float [2B, n, C], the teacher's embedding at the points, looked up where they lie in the stored crops.
         groups: int64 [2B, n], the group of each point; 0 = no mask, -1 = takes no part.
         edges: float [2B, H, W] in [0, 255].
         supervised: bool [2B, H, W], where the teacher's targets hold.
@@ -94,17 +110,19 @@ class Batch(NamedTuple):
 
     images: Tensor
     labels: Tensor
+    keypoints: Tensor
     label_mask: Tensor
     points: Tensor
     valid: Tensor
     embedding: Tensor
+    taught: Tensor
     groups: Tensor
     edges: Tensor
     supervised: Tensor
 
 
 class Part(NamedTuple):
-    """The items of a batch that one process makes: ``start`` to ``stop`` of ``total``."""
+    """The items of a batch that one process handles: ``start`` to ``stop`` of ``total``."""
 
     start: int
     stop: int
@@ -112,7 +130,7 @@ class Part(NamedTuple):
 
     @classmethod
     def of(cls, total: int, rank: int, processes: int) -> Part:
-        """The part of process ``rank`` out of ``processes``; parts differ by one item at most."""
+        """The part of process ``rank`` out of ``processes``; parts differ by at most one item."""
         return cls(total * rank // processes, total * (rank + 1) // processes, total)
 
 
@@ -122,24 +140,25 @@ def list_items(stores: Sequence[TeacherCache], data: DataConfig, held_out: set[t
     Args:
         stores: complete stores.
         data: which kinds to use.
-        held_out: (store, image) that take no part.
+        held_out: (store, image) to leave out.
     """
     items = []
     for number, store in enumerate(stores):
         bad = set(store.failures) | {image for which, image in held_out if which == number}
+        aligned = store.provenance.source["kind"] == "aligned"
         units = range(store.spec.pairs) if store.spec.paired else range(len(store))
         for unit in units:
             if (bad & {2 * unit, 2 * unit + 1}) if store.spec.paired else unit in bad:
                 continue
             if store.spec.paired and data.real_pairs:
-                items.append(Item(number, "real", unit))
+                items.append(Item(number, "aligned" if aligned and data.views.size else "real", unit))
             if data.synthetic_pairs:
                 items.append(Item(number, "synthetic", unit))
     return items
 
 
 def epoch_batches(items: Sequence[Item], batch_size: int, epoch: int, seed: int) -> list[list[Item]]:
-    """The batches of one epoch: shuffled, the incomplete last one dropped. The same for the same (epoch, seed)."""
+    """The batches of one epoch: shuffled, without an incomplete last one; a function of (epoch, seed)."""
     order = np.random.default_rng([seed, epoch, 0]).permutation(len(items))
     usable = len(items) // batch_size * batch_size
     return [[items[i] for i in part] for part in order[:usable].reshape(-1, batch_size)]
@@ -160,11 +179,11 @@ def read_batch(
     """Read the items of one batch, every image once.
 
     Args:
-        source: where from.
-        items: what to read.
-        data: labels with a lower score than its threshold take no part.
-        rngs: one an item; draws the side of a synthetic item, and the points of its descriptors.
-        memory: what to read into, see :func:`samfeat.pipelines.training.cached.batch_memory`; new memory where None.
+        source: to read from.
+        items: to read.
+        data: labels with a lower score than its threshold are ignored.
+        rngs: one per item; draws the side of a synthetic item, and the points of its descriptors.
+        memory: memory to read into, see :func:`samfeat.pipelines.training.cached.batch_memory`; new memory if None.
 
     Raises:
         ValueError: a store is damaged.
@@ -175,7 +194,7 @@ def read_batch(
     images: list[tuple[int, int]] = []
     for place, (item, rng) in enumerate(zip(items, rngs, strict=True)):
         sides[:, place] = len(images)
-        if item.kind == "real":
+        if item.kind != "synthetic":
             pair = source.pair(item.store, item.index)
             points[:, place], valid[place] = pair.points, pair.valid
             sides[1, place] += 1
@@ -196,17 +215,18 @@ def read_batch(
         embedding_scale=torch.as_tensor(targets.embedding_scale),
         groups=torch.as_tensor(targets.groups).view(torch.int16),
         edges=torch.as_tensor(targets.edges),
-        keypoints=torch.from_numpy(targets.keypoints)[..., :2],
+        keypoints=torch.from_numpy(targets.keypoints),
         keypoint_mask=torch.from_numpy(stored & (targets.keypoints[..., 2] >= data.label_threshold)),
         sides=torch.from_numpy(sides),
         points=torch.from_numpy(points),
         valid=torch.from_numpy(valid),
         synthetic=torch.from_numpy(np.array([item.kind == "synthetic" for item in items])),
+        planar=torch.from_numpy(np.array([item.kind != "real" for item in items])),
     )
 
 
 def read_ahead(requests: Iterable[Callable[[], RawBatch]], workers: int) -> Iterator[RawBatch]:
-    """Run read requests in ``workers`` threads, ``PREFETCHED`` batches ahead at least, results in order."""
+    """Run read requests in ``workers`` threads, at least ``PREFETCHED`` batches ahead; results in order."""
     if workers < 1:
         yield from (request() for request in requests)
         return
@@ -224,7 +244,7 @@ def read_ahead(requests: Iterable[Callable[[], RawBatch]], workers: int) -> Iter
 
 
 def first_items(raw: RawBatch, count: int) -> RawBatch:
-    """The first items of a batch, and their images alone."""
+    """The first items of a batch and their images."""
     images = int(raw.sides[1, count - 1]) + 1
     of_images = {name: getattr(raw, name)[:images] for name in RawBatch._fields[:7]}
     return RawBatch(
@@ -233,24 +253,138 @@ def first_items(raw: RawBatch, count: int) -> RawBatch:
         points=raw.points[:, :count],
         valid=raw.valid[:count],
         synthetic=raw.synthetic[:count],
+        planar=raw.planar[:count],
     )
 
 
-def make_batch(raw: RawBatch, data: DataConfig, generator: torch.Generator, part: Part | None = None) -> Batch:
-    """Widen a batch on the generator's device, warp the synthetic views and their targets, add photometric noise.
-
-    The identity stands in for the homography of real pairs, which it leaves as they are.
+def make_batch(
+    raw: RawBatch,
+    data: DataConfig,
+    generator: torch.Generator,
+    part: Part | None = None,
+    *,
+    progress: float = 1.0,
+) -> Batch:
+    """Make the views of a batch and their targets, on the generator's device.
 
     Args:
         raw: what was read.
-        data: how synthetic views are made.
+        data: how views are made: windows onto both images of every item (``data.views.size``), or the left image whole
+            and, of synthetic items, its homography.
         generator: source of all draws.
-        part: the items are this part of a batch, and get what they would get in the whole; None: they are the whole.
+        part: the items are this part of a batch and get the draws they would get in the whole; None: the whole batch.
+        progress: share of all training steps that is done.
     """
-    device, count = generator.device, len(raw.synthetic)
-    start, stop, total = part or Part(0, count, count)
-    size = (raw.images.shape[1], raw.images.shape[2])
-    raw = RawBatch(*(tensor.to(device, non_blocking=True) for tensor in raw))
+    count = len(raw.synthetic)
+    part = part or Part(0, count, count)
+    raw = RawBatch(*(tensor.to(generator.device, non_blocking=True) for tensor in raw))
+    if data.views.size:
+        return _window_batch(raw, data, generator, part, data.views.strength(progress))
+    return _crop_batch(raw, data, generator, part)
+
+
+def _window_batch(raw: RawBatch, data: DataConfig, generator: torch.Generator, part: Part, strength: float) -> Batch:
+    """A window onto each image of every item, around a point that both show."""
+    (start, stop, total), side = part, data.views.size
+    size, window = (raw.images.shape[1], raw.images.shape[2]), (side, side)
+    left, device = raw.sides[0], raw.images.device
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(total, *shape, generator=generator, device=device)[start:stop]
+
+    def pick(points: Tensor, usable: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        """``number`` of points [B, n, 2], drawn from the usable ones as far as these last, and which are usable."""
+        chosen = (uniform(points.shape[1]) + usable).topk(number, dim=1).indices
+        return points.gather(1, chosen[:, :, None].expand(-1, -1, 2)), usable.gather(1, chosen)
+
+    labels = raw.keypoints * raw.keypoint_mask[:, :, None]
+    centre_of_label, labelled = pick(labels[left, :, :2], labels[left, :, 2] > 0, 1)
+    scattered = uniform(1, 2) * (raw.keypoints.new_tensor(size[::-1]) - 1)
+    planar_centre = centre_of_label.where(labelled[:, :, None], scattered)[:, 0]
+    which = (uniform(raw.valid.shape[1]) + raw.valid).argmax(1)
+    real_centres = raw.points[:, torch.arange(stop - start, device=device), which]
+    centres = torch.where(raw.planar[None, :, None], planar_centre[None], real_centres)
+    homographies = sample_views(
+        centres,
+        size,
+        generator=generator,
+        config=data.views,
+        strength=strength,
+        rows=slice(start, stop),
+        drawn=total,
+    )
+
+    left_labels = warp_points(labels[left, :, :2], homographies[0])
+    drawn, seen = pick(left_labels, (labels[left, :, 2] > 0) & _inside(left_labels, window), POINTS // 2)
+    anywhere = uniform(POINTS, 2) * (side - 1)
+    half = drawn.shape[1]
+    planar_points = torch.cat([drawn.where(seen[:, :, None], anywhere[:, :half]), anywhere[:, half:]], dim=1)
+    back = torch.linalg.inv(homographies[0].double())
+    across = (homographies[1].double() @ back).float()
+    of_crop = warp_points(planar_points, back.float())
+    of_pairs = torch.stack([warp_points(raw.points[k], homographies[k]) for k in (0, 1)])
+    planar = raw.planar[:, None, None]
+    points = torch.stack(
+        [planar_points.where(planar, of_pairs[0]), warp_points(planar_points, across).where(planar, of_pairs[1])]
+    )
+    valid = torch.where(raw.planar[:, None], _inside(of_crop, size), raw.valid)
+    valid = valid & _inside(points[0], window) & _inside(points[1], window)
+
+    rows, both = raw.sides.flatten(), homographies.flatten(0, 1)
+    embedding = _embedding(raw, rows)
+    stored = warp_points(points.flatten(0, 1), torch.linalg.inv(both.double()).float())
+    targets = warp_targets(
+        embedding,
+        raw.groups[rows].int(),
+        raw.edges[rows].float(),
+        both,
+        canvas=window,
+        cells=(side // 8, side // 8),
+    )
+    keypoints = torch.cat([warp_points(labels[rows, :, :2], both), labels[rows, :, 2:]], dim=2)
+    keypoints = strongest_nearby(keypoints, window)
+    own = torch.arange(start, stop, device=device)
+    images = warp_smoothly(raw.images.permute(0, 3, 1, 2)[rows].float(), both, window)
+    images = relight(images, generator=generator, rows=torch.cat([own, total + own]), drawn=2 * total)
+    return Batch(
+        images=images / 127.5 - 1,
+        labels=rasterise(keypoints[..., :2], keypoints[..., 2] > 0, window),
+        keypoints=keypoints,
+        label_mask=targets.valid.float(),
+        points=points,
+        valid=valid,
+        embedding=targets.embedding,
+        taught=sample(embedding, stored, size, convention="exact"),
+        groups=groups_at(targets.groups, points.flatten(0, 1)).where(valid.repeat(2, 1), -1),
+        edges=targets.edges,
+        supervised=targets.valid,
+    )
+
+
+def strongest_nearby(keypoints: Tensor, size: tuple[int, int], *, radius: int = 2) -> Tensor:
+    """Keypoints [B, K, 3] (x, y, score) with score 0 if they lie outside or near a better one.
+
+    Args:
+        keypoints: at any position; a score of 0 stands for none.
+        size: (height, width) of the images.
+        radius: pixels in x and in y; labels crowd where a homography shrinks the image.
+    """
+    height, width = size
+    column, row = keypoints[..., :2].round().long().unbind(-1)
+    inside = (column >= 0) & (row >= 0) & (column < width) & (row < height)
+    index = row.clamp(0, height - 1) * width + column.clamp(0, width - 1)
+    scores = keypoints[..., 2] * inside
+    best = torch.zeros(len(keypoints), height * width, device=keypoints.device).scatter_reduce(1, index, scores, "amax")
+    reach = 2 * radius + 1
+    around = F.max_pool2d(best.view(-1, 1, height, width), reach, stride=1, padding=radius).flatten(1)
+    kept = scores * (scores == around.gather(1, index))
+    return torch.cat([keypoints[..., :2], kept[..., None]], dim=2)
+
+
+def _crop_batch(raw: RawBatch, data: DataConfig, generator: torch.Generator, part: Part) -> Batch:
+    """The whole left image; on the right the homography of synthetic items, or the other image of real ones."""
+    start, stop, total = part
+    device, size = generator.device, (raw.images.shape[1], raw.images.shape[2])
     points, synthetic, (left, right) = raw.points, raw.synthetic, raw.sides
 
     homographies = sample_homographies(total, size, generator=generator, config=data.homography)[start:stop]
@@ -258,9 +392,11 @@ def make_batch(raw: RawBatch, data: DataConfig, generator: torch.Generator, part
     warped_view = synthetic & ~copies
     homographies = torch.where(warped_view[:, None, None], homographies, torch.eye(3, device=device))
 
-    seen = warp_targets(_embedding(raw, right), raw.groups[right].int(), raw.edges[right].float(), homographies)
-    right_keypoints = warp_points(raw.keypoints[right], homographies)
+    left_embedding, right_embedding = _embedding(raw, left), _embedding(raw, right)
+    seen = warp_targets(right_embedding, raw.groups[right].int(), raw.edges[right].float(), homographies)
+    right_keypoints = warp_points(raw.keypoints[right, :, :2], homographies)
     right_points = torch.where(synthetic[:, None, None], warp_points(points[0], homographies), points[1])
+    stored = torch.cat([points[0], points[1].where(~synthetic[:, None, None], points[0])])
     valid = raw.valid & _inside(right_points, size)
     unseen = torch.ones_like(seen.valid)
     supervised = seen.valid if data.warp_targets else seen.valid & ~warped_view[:, None, None]
@@ -277,17 +413,20 @@ def make_batch(raw: RawBatch, data: DataConfig, generator: torch.Generator, part
         views,
         generator=generator,
         probability=data.photometric_probability,
-        rows=None if part is None else torch.cat([own, total + own]),
+        rows=torch.cat([own, total + own]),
         drawn=2 * total,
     )
-    keypoints = torch.cat([raw.keypoints[left], right_keypoints])
+    keypoints, known = torch.cat([raw.keypoints[left, :, :2], right_keypoints]), raw.keypoint_mask[raw.sides.flatten()]
+    scores = raw.keypoints[raw.sides.flatten(), :, 2] * known
     return Batch(
         images=noisy / 127.5 - 1,
-        labels=rasterise(keypoints, raw.keypoint_mask[raw.sides.flatten()], size),
+        labels=rasterise(keypoints, known, size),
+        keypoints=strongest_nearby(torch.cat([keypoints, scores[..., None]], dim=2), size),
         label_mask=torch.cat([unseen, seen.valid]).float(),
         points=torch.stack([points[0], right_points]),
         valid=valid,
-        embedding=torch.cat([_embedding(raw, left), seen.embedding]),
+        embedding=torch.cat([left_embedding, seen.embedding]),
+        taught=sample(torch.cat([left_embedding, right_embedding]), stored, size, convention="exact"),
         groups=torch.cat([left_groups, right_groups]),
         edges=torch.cat([raw.edges[left].float(), seen.edges]),
         supervised=torch.cat([unseen, supervised]),
@@ -318,13 +457,13 @@ def descriptor_points(
 ) -> np.ndarray:
     """Where descriptors are trained in a synthetic pair: float32 [POINTS, 2], (x, y).
 
-    Half of the points at most are detector labels, drawn at random; the rest is drawn one a cell of a square grid, so
-    that the descriptors learn flat regions, too.
+    At most half of the points are detector labels, drawn at random; the others lie in different cells of a square grid,
+    so that the descriptors learn flat regions too.
 
     Args:
         keypoints: the detector's labels, [K, 3], (x, y, score).
         size: (height, width) of the image.
-        data: labels with a lower score than its threshold take no part.
+        data: labels with a lower score than its threshold are ignored.
         rng: source of the draws.
     """
     labels = keypoints[keypoints[:, 2] >= data.label_threshold, :2]

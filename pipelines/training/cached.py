@@ -1,4 +1,4 @@
-"""Where training batches come from: the stores' files, or a copy of what training needs of them in memory."""
+"""Where training batches come from: the stores' files, or a copy of them in memory."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import numpy as np
 import psutil
 import torch
 
-from samfeat.teacher_cache.reader import empty_targets
 from samfeat.teacher_cache.schema import Pair, Targets
 from samfeat.teacher_cache.store import TeacherCache
+from samfeat.teacher_cache.store.chunk_reader import empty_targets
 
-LOADED_AT_ONCE = 64  # images; what InMemory needs beside its copy
+LOADED_AT_ONCE = 64  # images that InMemory reads at a time, beside its copy
 LARGEST_SHARE = 0.9  # of the free memory that a copy may take
 
 
 class Source(Protocol):
-    """Where batches come from: the stores themselves (:class:`FromDisk`), or a copy of them in memory."""
+    """A source of batches: the stores themselves (:class:`FromDisk`), or a copy of them in memory."""
 
     def pair(self, store: int, pair: int) -> Pair:
         """Images and correspondences of a stored pair."""
@@ -32,9 +32,9 @@ class Source(Protocol):
         ...
 
     def read(self, images: Sequence[tuple[int, int]], memory: Targets | None) -> tuple[Targets, np.ndarray]:
-        """Targets of (store, image), stacked, and how many keypoints each of them has; ``memory`` may serve for them.
+        """Targets of (store, image), stacked, and the number of keypoints of each; ``memory`` may hold the result.
 
-        ``keypoints`` is a numpy array; the others are, too, or tensors on a device.
+        ``keypoints`` is a NumPy array; the others are NumPy arrays or tensors on a device.
         """
         ...
 
@@ -65,11 +65,11 @@ class FromDisk:
 
 
 class InMemory:
-    """A copy of what training reads, in host memory or on a device: nothing is read from files any more.
+    """A copy of the training data, in host memory or on a device; no files are read afterwards.
 
     Args:
         stores: complete stores with equal image and embedding sizes.
-        device: where images and targets lie; correspondences and keypoints stay on the host.
+        device: where images and targets are kept; correspondences and keypoints stay on the host.
         progress: called with (done, total) images while the copy is made.
 
     Raises:
@@ -143,10 +143,10 @@ def _tensor(array: np.ndarray) -> torch.Tensor:
 
 
 def batch_memory(store: TeacherCache, images: int, count: int) -> Iterator[Targets]:
-    """Memory to read batches of so many images into: ``count`` pieces, again and again.
+    """Memory for batches of ``images`` images: ``count`` buffers used in turn.
 
-    Fresh memory costs more than reading into it. Each piece holds until it comes round again. Where there is a GPU it
-    is page-locked, so that copies to the GPU run beside the computation.
+    Allocating memory costs more than reading into it. Buffers are overwritten when reused. With a GPU they are
+    page-locked, so that copies to the GPU overlap with computation.
     """
     pieces = [empty_targets(store.spec, images) for _ in range(count)]
     if torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as requests that a long loop answers at a moment of its own choice."""
+"""Turn Ctrl-C and SIGTERM into stop requests, which a loop handles after saving its work."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 
 
 class Interruption:
-    """While it is entered, the first SIGINT or SIGTERM only sets ``asked``; a second one interrupts at once.
+    """Context in which SIGINT and SIGTERM only set ``asked``, however often they arrive.
 
-    Elsewhere than in the main thread, which alone gets signals, it does nothing.
+    A second Ctrl-C must not interrupt writing a checkpoint: people press it twice, and a terminal may send it to parent
+    and child. Does nothing outside the main thread, the only one to receive signals.
     """
 
     def __init__(self) -> None:
@@ -31,6 +32,4 @@ class Interruption:
             signal.signal(number, handler)
 
     def _answer(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
         self.asked = True

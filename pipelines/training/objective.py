@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from samfeat.pipelines.config import LossConfig
 from samfeat.pipelines.training.batches import Batch
 from samfeat.student.losses import (
+    CrossEntropyForm,
+    LossConfig,
     Reduction,
     contrastive_descriptor_loss,
     descriptor_loss,
     detection_loss,
+    distillation_loss,
     edge_loss,
     excluded_negatives,
     mean_over_images,
+    peak_detection_loss,
     wsc_loss,
 )
 from samfeat.student.network import DenseOutput, Sampling, normalise, resize, sample
@@ -28,35 +31,47 @@ def losses(
     sampling: Sampling,
     reduction: Reduction = mean_over_images,
 ) -> dict[str, Tensor]:
-    """Every term with a weight above 0, unweighted; :func:`total` adds them up.
+    """Every term with non-zero weight, unweighted; :func:`total` sums them.
 
     Args:
-        output: of the 2B images of ``batch``.
+        output: network output for the 2B images of ``batch``.
         batch: left images first, then right ones.
         config: forms and constants.
         sampling: how descriptors and attention are looked up at points.
-        reduction: of the values of single images; see :mod:`samfeat.student.losses`.
+        reduction: reduces the values of the images to a scalar; see :mod:`samfeat.student.losses`.
 
     Returns:
-        scalar tensors by name, in the order detection, descriptor, relation, edge, wsc.
+        scalar tensors by name, in the order detection, position, descriptor, distillation, relation, edge, wsc.
     """
     pairs = len(batch.valid)
     points = batch.points.flatten(0, 1)
     size = (batch.images.shape[-2], batch.images.shape[-1])
     terms: dict[str, Tensor] = {}
-    if config.detection:
-        terms["detection"] = _detection(output, batch, config, reduction)
+    if config.detection and config.detection_form == "peaks":
+        terms["detection"], terms["position"] = peak_detection_loss(
+            output.heatmap,
+            batch.keypoints,
+            batch.label_mask,
+            positive_weight=config.positive_weight,
+            reduction=reduction,
+        )
+    elif config.detection:
+        form: CrossEntropyForm = "released" if config.detection_form == "released" else "paper"
+        terms["detection"] = _detection(output, batch, config, form, reduction)
 
     descriptors = normalise(sample(output.descriptors, points, size, convention=sampling))
     attention = sample(output.attention, points, size, convention=sampling).squeeze(-1)
     d0, d1, w0, w1 = descriptors[:pairs], descriptors[pairs:], attention[:pairs], attention[pairs:]
-    excluded = excluded_negatives(batch.points[1], batch.valid)
+    excluded = excluded_negatives(batch.points[1], batch.valid, radius=config.negative_radius)
     if config.descriptor:
         loss = _descriptor(d0, d1, w0, w1, batch.valid, excluded, config, reduction)
         if config.both_directions:
-            reverse = excluded_negatives(batch.points[0], batch.valid)
+            reverse = excluded_negatives(batch.points[0], batch.valid, radius=config.negative_radius)
             loss = (loss + _descriptor(d1, d0, w1, w0, batch.valid, reverse, config, reduction)) / 2
         terms["descriptor"] = loss
+    if config.distillation:
+        valid = batch.valid.repeat(2, 1)
+        terms["distillation"] = distillation_loss(descriptors, batch.taught, valid, reduction=reduction)
 
     if config.relation:
         if config.relation_form == "features":
@@ -98,8 +113,9 @@ def losses(
 
 
 def total(terms: dict[str, Tensor], config: LossConfig) -> Tensor:
-    """The weighted sum of the terms (eq. 14; the paper's weights are all 1)."""
-    return sum((getattr(config, name) * term for name, term in terms.items()), start=next(iter(terms.values())) * 0)
+    """The weighted sum of the terms (eq. 14; the paper's weights are all 1); the position shares the detection's."""
+    weights = {name: getattr(config, "detection" if name == "position" else name) for name in terms}
+    return sum((weights[name] * term for name, term in terms.items()), start=next(iter(terms.values())) * 0)
 
 
 def _descriptor(
@@ -130,7 +146,9 @@ def _descriptor(
     )
 
 
-def _detection(output: DenseOutput, batch: Batch, config: LossConfig, reduction: Reduction) -> Tensor:
+def _detection(
+    output: DenseOutput, batch: Batch, config: LossConfig, form: CrossEntropyForm, reduction: Reduction
+) -> Tensor:
     size = batch.labels.shape[-2:]
     maps = [output.heatmap]
     if config.deep_supervision:
@@ -141,7 +159,7 @@ def _detection(output: DenseOutput, batch: Batch, config: LossConfig, reduction:
             batch.labels,
             batch.label_mask,
             positive_weight=config.positive_weight,
-            form=config.detection_form,
+            form=form,
             reduction=reduction,
         )
         for logits in maps

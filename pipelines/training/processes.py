@@ -1,6 +1,6 @@
-"""The processes of a training run: one, or one a device; they share every batch and agree on every step.
+"""The processes of a training run: one, or one per device; they split every batch and stay in step.
 
-A process group is made by torchrun, by anything that sets the same environment variables, or by :func:`launch`.
+A process group is started by torchrun, by anything that sets the same environment variables, or by :func:`launch`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -22,14 +22,16 @@ from torch import Tensor
 from samfeat.pipelines.config import RunConfig
 from samfeat.student.losses import Reduction, mean_over_images
 
-INTERRUPTED = 75  # exit code EX_TEMPFAIL of sysexits.h: the same command goes on
+INTERRUPTED = 75  # exit code EX_TEMPFAIL of sysexits.h: the same command resumes
+
+logger = logging.getLogger(__name__)
 
 
 def connect(run: RunConfig) -> Fabric:
-    """The devices of a run; where torchrun or :func:`launch` started this process, together with the other processes.
+    """Set up the devices of a run, and join the other processes if started by torchrun or :func:`launch`.
 
     Raises:
-        ValueError: CUDA asked for where there is none, or more processes on a machine than it has GPUs.
+        ValueError: CUDA requested but not available, or more processes on a machine than it has GPUs.
     """
     if run.accelerator == "cuda" and not torch.cuda.is_available():
         raise ValueError("run.accelerator=cuda, but this machine has no usable CUDA device: leave it at auto")
@@ -40,7 +42,7 @@ def connect(run: RunConfig) -> Fabric:
         return Fabric(accelerator=accelerator, devices=1, strategy=SingleDeviceStrategy(device))
     here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
     if accelerator == "cuda" and here > torch.cuda.device_count():
-        raise ValueError(f"{here} processes, but {torch.cuda.device_count()} GPUs: start one process a GPU")
+        raise ValueError(f"{here} processes, but {torch.cuda.device_count()} GPUs: start one process per GPU")
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces every process
     fabric = Fabric(
         accelerator=accelerator,
@@ -75,7 +77,7 @@ def average(values: Tensor, processes: int) -> Tensor:
 
 @contextmanager
 def lost_processes() -> Iterator[None]:
-    """Turns what a backend raises when another process is gone into one clear ConnectionError."""
+    """Turn a backend's error when another process is gone into one clear ConnectionError."""
     try:
         yield
     except RuntimeError as error:
@@ -83,19 +85,18 @@ def lost_processes() -> Iterator[None]:
             raise
         raise ConnectionError(
             f"process {torch.distributed.get_rank()}: another process of the run is gone; "
-            "the same command with --resume auto goes on from the last checkpoint"
+            "the same command with --resume auto continues from the last checkpoint"
         ) from error
 
 
-def launch(processes: int, arguments: Sequence[str], *, report: Callable[[str], None]) -> int:
-    """Run this program's command line in several processes of this machine, as one run.
+def launch(processes: int, arguments: Sequence[str]) -> int:
+    """Run this program's command line in several processes on this machine, as one run.
 
-    Where one of them ends before its time, the others are ended as well.
+    If one of them exits early, the others are stopped as well.
 
     Args:
-        processes: how many; with GPUs one each.
-        arguments: of the command line, without the program's name.
-        report: takes one line for people.
+        processes: number of processes, one per GPU if there are GPUs.
+        arguments: command-line arguments, without the program's name.
 
     Returns:
         the exit code.
@@ -122,9 +123,11 @@ def launch(processes: int, arguments: Sequence[str], *, report: Callable[[str], 
         rank, failure = error.get_first_failure()
         if failure.exitcode >= 0:
             return failure.exitcode  # it said why
-        report(
-            f"process {rank} was ended by {signal.Signals(-failure.exitcode).name}, and the others with it: "
-            "the same command with --resume auto goes on from the last checkpoint"
+        logger.warning(
+            "process %d was ended by %s, and the others with it: "
+            "the same command with --resume auto continues from the last checkpoint",
+            rank,
+            signal.Signals(-failure.exitcode).name,
         )
         return INTERRUPTED
     except SignalException:
@@ -133,14 +136,14 @@ def launch(processes: int, arguments: Sequence[str], *, report: Callable[[str], 
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether the device computes in bfloat16 by itself."""
+    """Whether the device has bfloat16 arithmetic in hardware."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def check_compiler() -> None:
-    """Refuse torch.compile where it cannot work.
+    """Check that torch.compile can work.
 
     Raises:
         ValueError: there is no C++ compiler.

@@ -1,15 +1,17 @@
-"""The folder of a training run: which run it belongs to, its state, its weights, its record.
+"""The folder of a training run: its identity, state, weights and logs.
 
-It holds ``config.yaml``, ``last.ckpt`` and ``previous.ckpt`` (everything needed to go on), ``weights.safetensors`` (the
-latest student), ``best.safetensors`` (the best by validation), ``metrics.jsonl``, and, to look at, ``report.html``,
-``curves.png`` and TensorBoard events.
+It holds ``config.yaml``, ``last.ckpt`` and ``previous.ckpt`` (everything needed to resume), ``weights.safetensors``
+(the latest student), ``best.safetensors`` (the best by validation), ``metrics.jsonl``, and, for viewing,
+``report.html``, ``curves.png`` and TensorBoard events. One run at a time holds the folder.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import logging
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 from torch.utils.tensorboard import SummaryWriter
+from upath import UPath
 
 from samfeat.pipelines.config import Config
 from samfeat.pipelines.files import write_bytes
@@ -29,18 +32,21 @@ from samfeat.student.extractor import EXTRACTION_PRESETS
 from samfeat.student.network import SAMFeatNetwork
 from samfeat.teacher_cache.schema import package_versions
 from samfeat.teacher_cache.store import TeacherCache
+from samfeat.teacher_cache.store.lock import lock_store
 
 RECORDED = ("samfeat", "torch", "lightning-fabric", "zarr", "numpy", "opencv-python", "kornia")
 
+logger = logging.getLogger(__name__)
+
 
 class RunFolder:
-    """One run's folder. Nothing is written before :meth:`begin`; in a process that never begins, nothing ever is.
+    """One run's folder. Only a process that calls :meth:`begin` writes to it.
 
     Args:
-        path: of the folder.
-        config: of the run.
-        stores: what it trains from.
-        overfit: whether it trains on one batch alone.
+        path: path of the folder.
+        config: configuration of the run.
+        stores: training data.
+        overfit: whether the run trains on a single batch.
     """
 
     def __init__(self, path: Path, config: Config, stores: Sequence[TeacherCache], *, overfit: bool) -> None:
@@ -55,15 +61,24 @@ class RunFolder:
         }
         self._report = RunReport(path, stores, config, versions=package_versions(*RECORDED))
         self._writer: SummaryWriter | None = None
+        self._held = ExitStack()
 
-    def load(self, *, resume: bool, device: torch.device) -> dict[str, Any] | None:
-        """The state to go on from; None for a new run.
+    def lock(self) -> None:
+        """Hold the folder until :meth:`close`, as a store is held while it is written.
 
         Raises:
-            ValueError: the folder is in use, or belongs to another run.
+            ValueError: another run holds it.
+        """
+        self._held.enter_context(lock_store(UPath(self.path.absolute())))
+
+    def load(self, *, resume: bool, device: torch.device) -> dict[str, Any] | None:
+        """The state to resume from; None for a new run.
+
+        Raises:
+            ValueError: the folder is not empty, belongs to another run, or has damaged checkpoints only.
         """
         if not resume and self.path.exists() and any(self.path.iterdir()):
-            raise ValueError(f"{self.path} is not empty: choose another --out, or go on with --resume auto")
+            raise ValueError(f"{self.path} is not empty: choose another --out, or continue with --resume auto")
         state = load_state(self.path, device) if resume else None
         if state:
             there = {key: state[key] for key in self._identity}
@@ -74,7 +89,7 @@ class RunFolder:
         return state
 
     def begin(self, step: int, *, new: bool) -> None:
-        """Make the folder, or forget what was recorded after ``step``."""
+        """Create the folder, or remove what was recorded after ``step``."""
         self.path.mkdir(parents=True, exist_ok=True)
         if new:
             OmegaConf.save(OmegaConf.structured(self._config), self.path / "config.yaml")
@@ -91,20 +106,30 @@ class RunFolder:
             self._writer.add_scalar(name, value, step)
 
     def show(self, step: int, steps: int, views: Sequence[View]) -> None:
-        """Draw the report anew, at ``step`` of ``steps``, with the pairs of the latest validation."""
+        """Redraw the report, at ``step`` of ``steps``, with the pairs of the latest validation."""
         if self._writer is not None:
             self._report.write(step, steps, views, self._writer)
 
-    def save(self, counters: dict[str, Any], student: SAMFeatNetwork, optimiser: torch.optim.Optimizer) -> None:
-        """Write a checkpoint, and the weights beside it."""
+    def save(
+        self,
+        counters: dict[str, Any],
+        student: SAMFeatNetwork,
+        averaged: SAMFeatNetwork,
+        optimiser: torch.optim.Optimizer,
+    ) -> None:
+        """Write a checkpoint, and the averaged weights beside it."""
         if self._writer is None:
             return
-        states = {"network": student.state_dict(), "optimiser": optimiser.state_dict()}
+        states = {
+            "network": student.state_dict(),
+            "average": averaged.state_dict(),
+            "optimiser": optimiser.state_dict(),
+        }
         save_state(self.path, counters | states | self._identity)
-        self.save_weights("weights.safetensors", student, step=counters["step"], figures={})
+        self.save_weights("weights.safetensors", averaged, step=counters["step"], figures={})
 
     def save_weights(self, name: str, student: SAMFeatNetwork, *, step: int, figures: dict[str, float]) -> None:
-        """Write the student with everything that it came from."""
+        """Write the student with its whole provenance."""
         save_weights(
             self.path / name,
             student,
@@ -119,15 +144,16 @@ class RunFolder:
         )
 
     def save_bad_batch(self, number: int, raw: RawBatch) -> Path:
-        """Write a batch whose loss is not finite, for looking at it with ``torch.load``."""
+        """Write a batch whose loss is not finite, to be looked at with ``torch.load``."""
         buffer = io.BytesIO()
         torch.save(raw._asdict(), buffer)
         return write_bytes(self.path / f"bad_batch_{number}.pt", buffer.getvalue())
 
     def close(self) -> None:
-        """Finish TensorBoard's events."""
+        """Finish TensorBoard's events and give the folder free."""
         if self._writer:
             self._writer.close()
+        self._held.close()
 
 
 def _differences(there: Any, here: Any, prefix: str = "") -> list[str]:

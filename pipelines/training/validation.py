@@ -1,18 +1,27 @@
-"""Validation while training: matching accuracy on homographies of images that training never sees."""
+"""Validation while training: matching accuracy on homographies of images, held out of training where possible."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from samfeat.pipelines.config import Config, RunConfig
-from samfeat.pipelines.evaluation.hpatches import match_errors, mma
-from samfeat.pipelines.homography import HomographyConfig, photometric, sample_homographies, warp
-from samfeat.pipelines.match import mutual_matches
+from samfeat.pipelines.config import Config, DataConfig, RunConfig
+from samfeat.pipelines.homography import (
+    STILL,
+    ViewConfig,
+    photometric,
+    relight,
+    sample_homographies,
+    sample_views,
+    warp,
+    warp_smoothly,
+)
+from samfeat.pipelines.metrics import match_errors, mma, mutual_matches
 from samfeat.student.extractor import SAMFeat
 from samfeat.student.network import SAMFeatNetwork
 from samfeat.teacher_cache.store import TeacherCache
@@ -22,7 +31,7 @@ VIEWED = 3  # pairs that pictures are made of
 
 
 class View(NamedTuple):
-    """What the student makes of one validation pair.
+    """What the student finds in one validation pair.
 
     Attributes:
         name: of the image.
@@ -54,7 +63,8 @@ class Outcome(NamedTuple):
 
     Attributes:
         figures: ``mma@1``, ``mma@3``, ``mma@5``: mean share of mutual matches within 1, 3, 5 pixels; ``matches``:
-            mutual matches a pair; ``keypoints``: keypoints an image.
+            mutual matches per pair; ``keypoints``: keypoints per image; ``held_out``: 1 if training never sees the
+            images, 0 if they are training images.
         views: some of the pairs, the same ones every time.
     """
 
@@ -63,28 +73,43 @@ class Outcome(NamedTuple):
 
 
 def hold_out(stores: Sequence[TeacherCache], config: RunConfig) -> set[tuple[int, int]]:
-    """Images kept out of training: whole scenes (all that stands before the name's first ``/``) until there are enough.
+    """Images that training never sees: whole scenes, or photographs of a scene where no whole scene can be spared.
 
-    At most a quarter of all images; the scenes are drawn by the seed.
+    A scene is all that stands before a name's first ``/`` in a store of pairs, and one photograph in other stores. A
+    photograph is held out with every crop of it. At most a quarter of all images is lost to training, the partners of
+    held-out images included. The seed draws the order.
 
     Returns:
-        (store, image) indices, failed images excluded.
+        (store, image), without images that failed in stage one; empty where nothing can be spared.
     """
-    scenes: dict[str, list[tuple[int, int]]] = {}
-    for number, store in enumerate(stores):
-        for image, name in enumerate(store.names):
-            if image not in store.failures:
-                scene = name.split("/")[0] if store.spec.paired else name
-                scenes.setdefault(f"{number}/{scene}", []).append((number, image))
-    limit = sum(map(len, scenes.values())) // 4
-    order = np.random.default_rng([config.seed, 2]).permutation(sorted(scenes))
-    chosen: set[tuple[int, int]] = set()
-    for scene in order:
-        if len(chosen) >= config.validation_images:
-            break
-        if len(chosen) + len(scenes[scene]) <= limit:
-            chosen.update(scenes[scene])
-    return chosen
+    for scene_of in (_scene, _photograph):
+        groups: dict[str, set[tuple[int, int]]] = {}
+        for number, store in enumerate(stores):
+            for image, name in enumerate(store.names):
+                if image not in store.failures:
+                    groups.setdefault(f"{number}/{scene_of(store, name)}", set()).add((number, image))
+        usable = {image for group in groups.values() for image in group}
+        limit = len(usable) // 4
+        chosen: set[tuple[int, int]] = set()
+        lost: set[tuple[int, int]] = set()
+        for key in np.random.default_rng([config.seed, 2]).permutation(sorted(groups)):
+            if len(chosen) >= config.validation_images:
+                break
+            partners = {(number, image ^ 1) for number, image in groups[key] if stores[number].spec.paired}
+            together = lost | groups[key] | (partners & usable)
+            if len(together) <= limit:
+                chosen, lost = chosen | groups[key], together
+        if chosen:
+            return chosen
+    return set()
+
+
+def _scene(store: TeacherCache, name: str) -> str:
+    return name.split("/")[0] if store.spec.paired else name
+
+
+def _photograph(store: TeacherCache, name: str) -> str:
+    return name.rpartition("#")[0] or name
 
 
 class Validation:
@@ -94,7 +119,9 @@ class Validation:
         stores: the stores.
         images: (store, image) to take the pairs from, evenly.
         config: how many images and pairs, how many keypoints, the seed.
-        homography: the distribution that training draws from as well.
+        data: the distribution that training draws from as well: whole crops and their homographies, or windows onto
+            them, every second pair with a quarter of the strength and the others with all of it.
+        held_out: whether the images are held out of training.
     """
 
     def __init__(
@@ -102,16 +129,22 @@ class Validation:
         stores: Sequence[TeacherCache],
         images: Sequence[tuple[int, int]],
         config: RunConfig,
-        homography: HomographyConfig,
+        data: DataConfig,
+        *,
+        held_out: bool = True,
     ) -> None:
+        self._held_out = held_out
         picked = [images[i] for i in np.linspace(0, len(images) - 1, config.validation_pairs).round().astype(int)]
         generator = torch.Generator().manual_seed(config.seed + 1)
         clean = torch.from_numpy(np.stack([stores[store][image].image for store, image in picked]))
         clean = clean.permute(0, 3, 1, 2).float()
         size = (clean.shape[-2], clean.shape[-1])
-        self.homographies = sample_homographies(len(clean), size, generator=generator, config=homography)
-        noisy = photometric(warp(clean, self.homographies), generator=generator, probability=1.0)
-        self.left, self.right = (views.round().to(torch.uint8) for views in (clean, noisy))
+        if data.views.size:
+            views, self.homographies = _windows(clean, data.views, generator)
+        else:
+            self.homographies = sample_homographies(len(clean), size, generator=generator, config=data.homography)
+            views = clean, photometric(warp(clean, self.homographies), generator=generator, probability=1.0)
+        self.left, self.right = (view.round().to(torch.uint8) for view in views)
         viewed = np.linspace(0, len(picked) - 1, min(VIEWED, len(picked))).round().astype(int).tolist()
         self.viewed = {pair: _Source.of(stores[picked[pair][0]], picked[pair][1]) for pair in viewed}
 
@@ -134,6 +167,7 @@ class Validation:
                 views.append(self._view(pair, network, features, errors[-1]))
         figures = {f"mma@{t}": float(value) for t, value in zip(THRESHOLDS, mma(errors, THRESHOLDS))}
         figures |= {"matches": float(np.mean([len(e) for e in errors])), "keypoints": float(np.mean(keypoints))}
+        figures["held_out"] = float(self._held_out)
         return Outcome(figures, views)
 
     @torch.no_grad()
@@ -162,6 +196,20 @@ class Validation:
             teacher=source.teacher,
             cached_edges=source.edges,
         )
+
+
+def _windows(images: Tensor, config: ViewConfig, generator: torch.Generator) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Two windows onto each image, as large as the image, and the homographies between them."""
+    size = (images.shape[-2], images.shape[-1])
+    whole = replace(config, size=min(size) // 8 * 8, mild=0.0)
+    centres = images.new_tensor(((size[1] - 1) / 2, (size[0] - 1) / 2)).expand(2, len(images), 2)
+    weak, strong = (
+        sample_views(centres, size, generator=generator, config=whole, strength=strength) for strength in (STILL, 1.0)
+    )
+    chosen = torch.where((torch.arange(len(images)) % 2 == 0)[None, :, None, None], weak, strong)
+    left, right = (warp_smoothly(images, homographies, (whole.size, whole.size)) for homographies in chosen)
+    between = (chosen[1].double() @ torch.linalg.inv(chosen[0].double())).float()
+    return (relight(left, generator=generator), relight(right, generator=generator)), between
 
 
 class _Source(NamedTuple):

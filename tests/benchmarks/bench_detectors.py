@@ -18,13 +18,8 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from samfeat.teacher_cache.keypoints import (
-    LabelConfig,
-    adapt,
-    opencv_detector,
-    random_homography,
-    repeatability,
-)
+from samfeat.pipelines.metrics import repeatability
+from samfeat.teacher_cache.keypoints import LabelConfig, adapt, opencv_detector, random_homography
 
 SIDE = 400  # longer side of every image, the size of a training crop
 RADII = (1, 3)  # pixels

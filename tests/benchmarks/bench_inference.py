@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from plain import plain_extract
+from reference_network import plain_extract
 
 from samfeat.pipelines.extract import list_images
 from samfeat.pipelines.files import write_bytes

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from samfeat.student import relation
 from samfeat.student.relation import relation_loss
-from samfeat.teacher_cache.rows import quantize
+from samfeat.teacher_cache.store.rows import quantize
 
 SIDE, STORED_SIDE, CHANNELS = 50, 64, 256
 Loss = Callable[[Tensor], Tensor]  # of the student

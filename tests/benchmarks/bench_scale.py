@@ -25,9 +25,9 @@ import numpy as np
 import psutil
 
 from samfeat.pipelines.build_cache import build_cache
-from samfeat.pipelines.caching.cluster import Workers
-from samfeat.teacher_cache.images import SourceItem
-from samfeat.teacher_cache.schema import Gifts, Masks
+from samfeat.pipelines.workers import Workers
+from samfeat.teacher_cache.schema import Masks, TeacherOutput
+from samfeat.teacher_cache.sources.protocol import SourceItem
 from samfeat.teacher_cache.store import TeacherCache
 
 SIDE, CELLS, CHANNELS = 32, 4, 16
@@ -47,12 +47,12 @@ class TimedTeacher:
     def embedding_shape(self, image_size: tuple[int, int]) -> tuple[int, int, int]:
         return CHANNELS, CELLS, CELLS
 
-    def __call__(self, images: np.ndarray) -> list[Gifts]:
+    def __call__(self, images: np.ndarray) -> list[TeacherOutput]:
         time.sleep(self.latency * len(images))
         masks = Masks(np.zeros((0, SIDE, SIDE), bool), np.zeros((0, 7), np.float32))
         plane = np.zeros((SIDE, SIDE))
         embedding = np.zeros((CHANNELS, CELLS, CELLS), np.float32)
-        return [Gifts(embedding, masks, plane.astype(np.uint16), plane.astype(np.uint8)) for _ in images]
+        return [TeacherOutput(embedding, masks, plane.astype(np.uint16), plane.astype(np.uint8)) for _ in images]
 
 
 class NumberedSource:
@@ -147,7 +147,6 @@ def simulate(arguments: argparse.Namespace, folder: Path) -> tuple[list[dict[str
             TimedTeacher(arguments.latency),
             shard_images=arguments.shard_images,
             workers=Workers(scheduler=url),
-            report=lambda _: None,
             progress=progress,
         )
         seconds = time.perf_counter() - begun

@@ -24,6 +24,7 @@ from bench_store import SHARD, write_store
 from torch import Tensor
 
 from samfeat.pipelines.config import Config, DataConfig, load_config
+from samfeat.pipelines.train import State, new_state, train_step
 from samfeat.pipelines.training.batches import (
     PREFETCHED,
     Item,
@@ -38,7 +39,6 @@ from samfeat.pipelines.training.cached import FromDisk, batch_memory
 from samfeat.pipelines.training.objective import losses, total
 from samfeat.pipelines.training.pace import Clock
 from samfeat.pipelines.training.processes import connect
-from samfeat.pipelines.training.step import TrainingStep
 from samfeat.teacher_cache.schema import Targets
 from samfeat.teacher_cache.store import TeacherCache
 
@@ -46,20 +46,12 @@ TERMS = ("detection", "descriptor", "relation", "edge", "wsc")
 GUIDANCE = ("relation", "edge", "wsc")
 
 
-class PlainStep(TrainingStep):
-    """The same step, in float32 and without channels-last order."""
-
-    def __init__(self, config: Config) -> None:
-        super().__init__(config, connect(config.run))
-        self.student.to(memory_format=torch.contiguous_format)
-
-    def _terms(self, raw: RawBatch, number: int, part: Part) -> dict[str, Tensor]:
-        generator = torch.Generator(self.fabric.device).manual_seed(self.config.run.seed * 1_000_003 + number)
-        batch = make_batch(raw, self.config.data, generator, part)
-        output = self.network(batch.images.contiguous())
-        terms = losses(output, batch, self.config.losses, sampling=self.config.network.sampling)
-        terms["total"] = total(terms, self.config.losses)
-        return terms
+def plain_state(config: Config) -> State:
+    """A student in torch's own memory order, which is fed images in that order."""
+    state = new_state(config, connect(config.run))
+    state.student.to(memory_format=torch.contiguous_format)
+    state.student.register_forward_pre_hook(lambda module, arguments: (arguments[0].contiguous(),))
+    return state
 
 
 def configured(precision: str, device: str, *, compiled: bool = False, without: tuple[str, ...] = ()) -> Config:
@@ -75,16 +67,16 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - begun
 
 
-def make_steps(device: str, *, compiled: bool) -> dict[str, TrainingStep]:
+def make_states(device: str, *, compiled: bool) -> dict[str, State]:
     """All variants by name."""
-    steps: dict[str, TrainingStep] = {"plain fp32": PlainStep(configured("fp32", device))}
+    states = {"plain fp32": plain_state(configured("fp32", device))}
     for precision in ("fp32", "bf16"):
         for translated in (False, True)[: 1 + compiled]:
             for without in ((), GUIDANCE):
                 chosen = configured(precision, device, compiled=translated, without=without)
                 name = precision + " compiled" * translated + ", without guidance" * bool(without)
-                steps[name] = TrainingStep(chosen, connect(chosen.run))
-    return steps
+                states[name] = new_state(chosen, connect(chosen.run))
+    return states
 
 
 def request(source: FromDisk, number: int, part: Part, memory: Targets | None = None) -> Callable[[], RawBatch]:
@@ -93,7 +85,7 @@ def request(source: FromDisk, number: int, part: Part, memory: Targets | None = 
     return partial(read_batch, source, items, DataConfig(), item_generators(0, number, part), memory)
 
 
-def share_of_waiting(step: TrainingStep, store: TeacherCache, part: Part, count: int) -> float:
+def share_of_waiting(state: State, store: TeacherCache, part: Part, count: int) -> float:
     """The share of time that a step waits for the trainer's own loader."""
     memory = batch_memory(store, 2 * part.total, PREFETCHED + 2)
     batches = read_ahead((request(FromDisk([store]), k, part, next(memory)) for k in range(count)), 1)
@@ -101,7 +93,7 @@ def share_of_waiting(step: TrainingStep, store: TeacherCache, part: Part, count:
     for number in range(count):
         with clock.waiting():
             raw = next(batches)
-        step(raw, number, learning_rate=0.0, part=part)[-1].item()
+        train_step(state, raw, number, rate=0.0, part=part).values[-1].item()
     return clock.read(count)[1]
 
 
@@ -110,9 +102,9 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def parts_of(step: TrainingStep, raw: RawBatch) -> dict[str, float]:
+def parts_of(state: State, raw: RawBatch) -> dict[str, float]:
     """Seconds of every part of a step."""
-    config, device, times = step.config, step.fabric.device, {}
+    config, device, times = state.config, state.fabric.device, {}
 
     def timed(name: str, run: Callable[[], object]) -> object:
         kept: list[object] = []
@@ -124,8 +116,8 @@ def parts_of(step: TrainingStep, raw: RawBatch) -> dict[str, float]:
     images = batch.images.contiguous(memory_format=torch.channels_last)
 
     def forward():
-        with step.autocast:
-            return step.network(images)
+        with state.autocast:
+            return state.network(images)
 
     output = timed("network, forward", forward)
     leaves = [value.detach().requires_grad_() for value in output[:-1]]
@@ -133,17 +125,17 @@ def parts_of(step: TrainingStep, raw: RawBatch) -> dict[str, float]:
 
     def one_loss(name: str) -> None:
         alone = replace(config.losses, **{other: 0.0 for other in TERMS if other != name})
-        with step.autocast:
+        with state.autocast:
             terms = losses(detached, batch, alone, sampling=config.network.sampling)
-        terms[name].backward()
+        total(terms, alone).backward()
 
     for name in TERMS:
         timed(f"{name} loss", lambda name=name: one_loss(name))
     reached = [(value, leaf.grad) for value, leaf in zip(output[:-1], leaves) if leaf.grad is not None]
     timed("network, backward", lambda: torch.autograd.backward(*map(list, zip(*reached))))
-    step.adam.found_inf = torch.zeros((), device=device)
-    timed("optimiser", step.optimiser.step)
-    step.optimiser.zero_grad(set_to_none=True)
+    state.adam.found_inf = torch.zeros((), device=device)
+    timed("optimiser", state.adam.step)
+    state.adam.zero_grad(set_to_none=True)
     return times
 
 
@@ -157,9 +149,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("bench/step.md"))
     options = parser.parse_args()
     device, part = torch.device(options.device), Part(0, options.items, options.items)
-    steps = make_steps(options.device, compiled=options.compile)
-    guided = [name for name in steps if "without" not in name and "plain" not in name]
-    times: dict[str, list[float]] = {name: [] for name in steps}
+    states = make_states(options.device, compiled=options.compile)
+    guided = [name for name in states if "without" not in name and "plain" not in name]
+    times: dict[str, list[float]] = {name: [] for name in states}
     parts: dict[str, list[dict[str, float]]] = {name: [] for name in guided}
     values: dict[str, Tensor] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -167,16 +159,16 @@ def main() -> None:
         raw = request(FromDisk([store]), 0, part)()
 
         def take(name: str) -> None:
-            values[name] = steps[name](raw, 0, learning_rate=0.0, part=part)
+            values[name] = train_step(states[name], raw, 0, rate=0.0, part=part).values
 
         for repeat in range(options.repeats + 1):
-            measured = {name: seconds(lambda name=name: take(name), device) for name in steps}
-            inner = {name: parts_of(steps[name], raw) for name in guided}
-            for name in steps if repeat else ():
+            measured = {name: seconds(lambda name=name: take(name), device) for name in states}
+            inner = {name: parts_of(states[name], raw) for name in guided}
+            for name in states if repeat else ():
                 times[name].append(measured[name])
             for name in guided if repeat else ():
                 parts[name].append(inner[name])
-        waiting = share_of_waiting(steps["bf16"], store, part, options.repeats)
+        waiting = share_of_waiting(states["bf16"], store, part, options.repeats)
 
     rows = []
     for name, taken in times.items():
@@ -202,9 +194,9 @@ def main() -> None:
             shares.append(f"{1e3 * middle:.1f} ({100 * middle / statistics.median(times[name]):.1f} %)")
         rows.append([what, *shares])
     text += "\n" + table(["part", *(f"{name}: ms (share of its step)" for name in guided)], rows) + "\n"
-    reference = values["plain fp32"][: len(TERMS)]
+    reference = values["plain fp32"][:-2]
     for name in guided:
-        worst = ((values[name][: len(TERMS)] - reference).abs() / reference.abs()).max().item()
+        worst = ((values[name][:-2] - reference).abs() / reference.abs()).max().item()
         text += f"{name}: losses differ from those of plain fp32 by {worst:.1e} at most (relative)\n"
     text += (
         f"Waiting for data: {100 * waiting:.2f} % of the time (bf16, one reading thread).\n"

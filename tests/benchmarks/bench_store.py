@@ -40,12 +40,12 @@ from samfeat.pipelines.training.batches import (
     read_batch,
 )
 from samfeat.pipelines.training.cached import FromDisk, batch_memory
-from samfeat.teacher_cache.classical import ClassicalTeacher
 from samfeat.teacher_cache.keypoints import LabelConfig, adapt, opencv_detector
-from samfeat.teacher_cache.layout import CODECS, chunk_reader
-from samfeat.teacher_cache.rows import Quantized, quantize
-from samfeat.teacher_cache.schema import Gifts, Masks, Provenance, Record, StoreSpec, Targets
+from samfeat.teacher_cache.schema import Masks, Provenance, Record, StoreSpec, Targets, TeacherOutput
 from samfeat.teacher_cache.store import TeacherCache
+from samfeat.teacher_cache.store.rows import Quantized, quantize
+from samfeat.teacher_cache.store.zarr_arrays import CODECS, chunk_reader
+from samfeat.teacher_cache.teachers.classical import ClassicalTeacher
 
 SIDE, CELLS, SHARD, BATCH, THREADS = 400, 64, 32, 28, 2
 TARGETS = ("embedding", "embedding_scale", "groups", "edges", "keypoints", "keypoint_count")
@@ -95,7 +95,7 @@ def records(count: int) -> Iterator[Record]:
     seen = [(image, teacher(image[None])[0]) for image in photographs()]
     keypoints = [adapt(image, opencv_detector(labels.detector), labels, seed=k) for k, (image, _) in enumerate(seen)]
     for k in range(count):
-        turn, (image, gifts) = k // len(seen), seen[k % len(seen)]
+        turn, (image, output) = k // len(seen), seen[k % len(seen)]
 
         def turned(values: np.ndarray, axes: tuple[int, int], turn: int = turn) -> np.ndarray:
             values = np.rot90(values, turn % 4, axes)
@@ -104,11 +104,11 @@ def records(count: int) -> Iterator[Record]:
         def copy(stack: np.ndarray, turn: int = turn) -> np.ndarray:
             return np.stack([turned(plane, (0, 1)) for plane in stack])
 
-        varied = Gifts(
-            copy(gifts.embedding) * np.float32(1 + turn / 100),
-            Masks(copy(gifts.masks.stack), gifts.masks.table),
-            turned(gifts.groups, (0, 1)),
-            turned(gifts.edges, (0, 1)),
+        varied = TeacherOutput(
+            copy(output.embedding) * np.float32(1 + turn / 100),
+            Masks(copy(output.masks.stack), output.masks.table),
+            turned(output.groups, (0, 1)),
+            turned(output.edges, (0, 1)),
         )
         yield Record(
             f"{k:04}", f"{k:064x}", (0, 0, SIDE, SIDE), turned(image, (0, 1)), varied, keypoints[k % len(seen)]

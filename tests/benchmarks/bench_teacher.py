@@ -26,10 +26,11 @@ from segment_anything.utils.amg import batched_mask_to_box, calculate_stability_
 from torch.utils.flop_counter import FlopCounterMode
 
 from samfeat.pipelines.build_cache import build_cache
-from samfeat.pipelines.caching.inputs import open_source
-from samfeat.teacher_cache.sam_decoder import ImageSide, SamDecoder
-from samfeat.teacher_cache.sam_encoder import SamEncoder
-from samfeat.teacher_cache.sam_masks import (
+from samfeat.teacher_cache.sources import open_source
+from samfeat.teacher_cache.teachers.sam import IMAGES_AT_ONCE, SamParameters, SamTeacher
+from samfeat.teacher_cache.teachers.sam_decoder import ImageSide, SamDecoder
+from samfeat.teacher_cache.teachers.sam_encoder import SamEncoder
+from samfeat.teacher_cache.teachers.sam_masks import (
     Found,
     Frame,
     Resampling,
@@ -38,7 +39,6 @@ from samfeat.teacher_cache.sam_masks import (
     mask_boxes,
     stability_score,
 )
-from samfeat.teacher_cache.teacher import IMAGES_AT_ONCE, SamParameters, SamTeacher
 
 SIZE = 400  # pixels, side of a training crop
 PASSING = 0.4  # of the prompts

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from samfeat.images import read_image
 from samfeat.pipelines.inspect_cache import tiles
 from samfeat.pipelines.pictures.draw import panel
-from samfeat.teacher_cache.images import read_image
 from samfeat.teacher_cache.store import open_stores
 
 IMAGE, WIDTH = 10, 1400

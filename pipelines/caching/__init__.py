@@ -1,1 +1,0 @@
-"""What stage one is made of: its inputs by name, its plan, its workers."""

@@ -1,0 +1,179 @@
+"""Read single chunks of sharded Zarr v3 arrays in local files directly into the caller's memory.
+
+A Zarr library spends about a millisecond of bookkeeping on each chunk. Here the index of a shard is parsed once, and
+every chunk is one ``preadv``: into the caller's array if chunks are uncompressed, else followed by one decoder call.
+The GIL is released meanwhile, so threads read in parallel.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from math import prod
+
+import google_crc32c
+import numpy as np
+from numcodecs import blosc, zstd
+from numpy.typing import DTypeLike
+
+from samfeat.teacher_cache.schema import MAX_KEYPOINTS, Codec, StoreSpec, Targets
+
+_EMPTY = 2**64 - 1  # offset and length of an omitted chunk, which holds only the fill value
+_CHECKSUM_BYTES = 4
+_ENTRY_BYTES = 16  # offset and length
+
+
+def empty_targets(spec: StoreSpec, images: int) -> Targets:
+    """Allocate memory for the targets of several images, the first axis of every array, with room for all keypoints."""
+    (height, width), (channels, rows, columns) = spec.image_size, spec.embedding
+    return Targets(
+        image=_aligned((images, height, width, 3), np.uint8),
+        embedding=_aligned((images, channels, rows, columns), np.int8),
+        embedding_scale=_aligned((images, rows, columns), np.float32),
+        groups=_aligned((images, height, width), np.uint16),
+        edges=_aligned((images, height, width), np.uint8),
+        keypoints=_aligned((images, MAX_KEYPOINTS, 3), np.float32),
+    )
+
+
+def _aligned(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
+    """Uninitialised memory aligned to 64 bytes: system calls copy into it twice as fast as into numpy's."""
+    size = prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+class _Shard:
+    """An open shard file and its index; closed with its last reference, so never while a thread reads."""
+
+    def __init__(self, file: int) -> None:
+        self.file, self.size = file, os.fstat(file).st_size
+        self.entries = np.empty((0, 2), np.uint64)  # offset and length of every chunk
+
+    def __del__(self) -> None:
+        os.close(self.file)
+
+
+@dataclass(frozen=True)
+class ChunkReader:
+    """The chunks of one sharded array of fixed-size items, little-endian, in C order, at most one row per chunk.
+
+    The files of up to ``files`` shards stay open, and keep the state in which they were opened, until :meth:`forget`.
+    Any number of threads may read at once.
+
+    Attributes:
+        store: name of the store in error messages.
+        name: the array's name.
+        counted: what the rows are, such as ``image``.
+        folder: the array's folder.
+        axes: number of axes of the array; only the first is split into shards.
+        shard_rows: rows per shard.
+        row_chunks: chunks per row.
+        fill_value: value of omitted chunks.
+        codec: ``none``: chunks are the items themselves; ``lz4``: a blosc buffer and its CRC-32C; ``zstd``: a frame.
+        files: maximum number of shards kept open.
+    """
+
+    store: str
+    name: str
+    counted: str
+    folder: str
+    axes: int
+    shard_rows: int
+    row_chunks: int
+    fill_value: int | float | bool
+    codec: Codec
+    files: int = 32
+    _open: dict[int, _Shard] = field(default_factory=dict, repr=False, compare=False)
+
+    def read(self, row: int, out: np.ndarray, chunk: int = 0) -> None:
+        """Read one chunk.
+
+        Args:
+            row: number of the row.
+            out: output, C-contiguous, of the array's dtype, with as many items as a chunk.
+            chunk: which of the row's chunks.
+
+        Raises:
+            ValueError: the shard is missing or damaged.
+            OSError: the file cannot be read.
+        """
+        number, place = divmod(row, self.shard_rows)
+        shard = self._open.get(number) or self._see(number, row)
+        offset, length = shard.entries[place * self.row_chunks + chunk].tolist()
+        if offset == length == _EMPTY:
+            out[...] = self.fill_value
+        elif offset + length > shard.size:
+            raise self._damaged(row, "the index of its shard points outside the file")
+        elif self.codec != "none":
+            self._decompress(os.pread(shard.file, length, offset), row, out)
+        elif length != out.nbytes or os.preadv(shard.file, [out.data], offset) != length:
+            raise self._damaged(row, f"its chunk has {length} bytes instead of {out.nbytes}")
+
+    def forget(self, shard: int) -> None:
+        """Reopen a shard on the next read."""
+        self._open.pop(shard, None)
+
+    def _path(self, shard: int) -> str:
+        return f"{self.folder}/c/{shard}" + "/0" * (self.axes - 1)
+
+    def _see(self, number: int, row: int) -> _Shard:
+        """Open a shard, closing the one that has been open longest if there are too many."""
+        try:
+            shard = _Shard(os.open(self._path(number), os.O_RDONLY))
+        except FileNotFoundError as error:
+            raise self._damaged(row, "its shard is missing") from error
+        length = _ENTRY_BYTES * self.shard_rows * self.row_chunks
+        start = shard.size - length - _CHECKSUM_BYTES
+        stored = os.pread(shard.file, length + _CHECKSUM_BYTES, start) if start >= 0 else b""
+        listed, checksum = stored[:length], stored[length:]
+        if _checksum(listed) != checksum:
+            raise self._damaged(row, "the index of its shard fails its checksum")
+        shard.entries = np.frombuffer(listed, "<u8").reshape(-1, 2)
+        while len(self._open) >= self.files:
+            self._open.pop(next(iter(self._open), number), None)
+        self._open[number] = shard
+        return shard
+
+    def _decompress(self, content: bytes, row: int, out: np.ndarray) -> None:
+        try:
+            if self.codec == "lz4":
+                _decompress_lz4(content, out)
+            else:
+                _decompress_zstd(content, out)
+        except (RuntimeError, ValueError) as error:
+            raise self._damaged(row, f"its chunk cannot be decompressed ({error})") from error
+
+    def _damaged(self, row: int, what: str) -> ValueError:
+        file = self._path(row // self.shard_rows).removeprefix(f"{self.folder}/")
+        return ValueError(
+            f"{self.store}: array {self.name!r}, {self.counted} {row}: {what} ({file}). The store is damaged or "
+            "unfinished: `samfeat-cli inspect-cache --verify` lists everything that is wrong"
+        )
+
+
+def _decompress_lz4(chunk: bytes, out: np.ndarray) -> None:
+    """A blosc 1 buffer, whose header gives its raw and compressed size (bytes 4 to 16), then its checksum."""
+    buffer, checksum = chunk[:-_CHECKSUM_BYTES], chunk[-_CHECKSUM_BYTES:]
+    if _checksum(buffer) != checksum:
+        raise ValueError("it fails its checksum")
+    if int.from_bytes(buffer[4:8], "little") != out.nbytes or int.from_bytes(buffer[12:16], "little") != len(buffer):
+        raise ValueError(f"it does not hold {out.nbytes} bytes")
+    blosc.decompress(buffer, out)
+
+
+def _decompress_zstd(frame: bytes, out: np.ndarray) -> None:
+    """A Zstandard frame that gives its decompressed size and ends with a checksum (RFC 8878, section 3.1.1.1)."""
+    descriptor = frame[4] if len(frame) > 4 else 0
+    single_segment, dictionary = descriptor >> 5 & 1, descriptor & 3
+    width = (single_segment, 2, 4, 8)[descriptor >> 6]
+    start = 5 + (1 - single_segment) + (0, 1, 2, 4)[dictionary]
+    size = int.from_bytes(frame[start : start + width], "little") + (256 if width == 2 else 0)
+    if size != out.nbytes:
+        raise ValueError(f"it does not hold {out.nbytes} bytes")
+    zstd.decompress(frame, out)
+
+
+def _checksum(content: bytes) -> bytes:
+    return google_crc32c.value(content).to_bytes(_CHECKSUM_BYTES, "little")
