@@ -85,10 +85,19 @@ def test_relations_of_a_sam_encoder_survive(toy_sam):
     assert cosine >= 0.999
 
 
-@settings(max_examples=100, deadline=None)
-@given(arrays(np.float32, (3, 2, 4), elements=st.floats(-(2.0**126), 2.0**126, width=32)))
-def test_any_finite_embedding_is_kept_within_half_a_scale(embedding):
-    values, scale = quantize(embedding)
+@settings(max_examples=200, deadline=None)
+@given(
+    arrays(np.float32, (3, 2, 4), elements=st.floats(-(2.0**126), 2.0**126, width=32, allow_subnormal=True)),
+    st.booleans(),
+)
+def test_any_finite_embedding_is_kept_within_half_a_scale(embedding, flush):
+    torch.set_flush_denormal(flush)  # as libraries that are compiled with -ffast-math do, torch.compile's among them
+    try:
+        values, scale = quantize(embedding)
+    finally:
+        torch.set_flush_denormal(False)
+    np.testing.assert_array_equal(quantize(embedding).values, values)
+    np.testing.assert_array_equal(quantize(embedding).scale, scale)
     again = dequantize(values, scale)
     assert (values.dtype, scale.dtype, again.dtype) == (np.int8, np.float32, np.float32)
     assert values.min() >= -127
@@ -96,7 +105,7 @@ def test_any_finite_embedding_is_kept_within_half_a_scale(embedding):
     # the product is exact, so that no device rounds it differently
     np.testing.assert_array_equal(again, values.astype(np.float64) * scale)
     tiny = np.finfo(np.float32).tiny
-    assert (np.abs(again.astype(np.float64) - embedding) <= np.maximum(0.5001 * scale, 2 * tiny)).all()
+    assert (np.abs(again.astype(np.float64) - embedding) <= np.maximum(0.5001 * scale, 255 * tiny)).all()
     peak = np.abs(embedding).max(axis=0).astype(np.float64)
     assert (scale <= np.maximum(1.0001 * peak / 127, tiny)).all()
     # what was quantized once comes back as it was

@@ -37,6 +37,7 @@ STORED = (
 LEVELS = 127  # a stored embedding is -127 to 127 times its scale
 LARGEST = 2.0**127  # of an embedding's values
 _SPARE_BITS = 8  # a scale leaves its last 8 bits zero, so that its products with int8 are exact in float32
+_SMALLEST_SCALE = 2 * np.finfo(np.float32).tiny  # below it, results would depend on whether denormals count as 0
 
 
 class Quantized(NamedTuple):
@@ -44,7 +45,7 @@ class Quantized(NamedTuple):
 
     Attributes:
         values: int8 [C, h, w], -127 to 127.
-        scale: float32 [h, w], one per position; 0 where all of its values are 0.
+        scale: float32 [h, w], one per position; 0 where all of its values are below 3e-36.
     """
 
     values: np.ndarray
@@ -69,7 +70,8 @@ def quantize(embedding: np.ndarray) -> Quantized:
         raise ValueError("the embedding holds NaN, infinity or values beyond single precision")
     spare = np.uint32((1 << _SPARE_BITS) - 1)
     scale = (((peak / np.float32(LEVELS)).view(np.uint32) + spare) & ~spare).view(np.float32)
-    levels = embedding / np.where(scale > 0, scale, np.float32(1))
+    scale[scale < _SMALLEST_SCALE] = 0
+    levels = embedding / np.where(scale > 0, scale, np.float32(np.inf))
     return Quantized(np.rint(levels, out=levels).astype(np.int8), scale)
 
 
