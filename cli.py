@@ -426,12 +426,13 @@ def train(
         return  # only rank 0 prints
     first, last = summary.first, summary.last
     say(
-        "[bold]{folder}[/]: {steps} steps. {views}: MMA@3 {untrained:.3f} untrained, "
+        "[bold]{folder}[/]: {steps} steps. {views}: MMA@3 {before:.3f} {start}, "
         "[bold]{trained:.3f}[/] trained ({matches:.0f} matches a pair)",
         folder=summary.folder,
         steps=summary.steps,
         views="Held-out views" if last["held_out"] else "Training images",
-        untrained=first["mma@3"],
+        before=first["mma@3"],
+        start="of the initial weights (which may have seen these images)" if last["initialised"] else "untrained",
         trained=last["mma@3"],
         matches=last["matches"],
     )

@@ -222,6 +222,15 @@ def test_matches_that_are_none_of_the_features_are_refused(matches, message):
         samfeat.show_matches(grey, grey, features, features, matches)
 
 
+@pytest.mark.parametrize("features", [{}, {"keypoints": np.zeros((1, 2))}])
+def test_features_without_what_is_drawn_are_refused(features):
+    grey = np.zeros((32, 32), np.uint8)
+    with pytest.raises(ValueError, match="give what samfeat returned"):
+        samfeat.show_keypoints(grey, features)
+    with pytest.raises(ValueError, match="give what samfeat returned"):
+        samfeat.show_matches(grey, grey, features, features, {})
+
+
 def test_no_matches_are_the_photographs_beside_each_other():
     left, right = np.full((200, 300, 3), 128, np.uint8), np.full((100, 80, 3), 7, np.uint8)
     none = {"keypoints": np.zeros((0, 2), np.float32)}

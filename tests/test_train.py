@@ -217,7 +217,9 @@ def test_fine_tuning_starts_at_the_given_weights(cache, run, tmp_path):
     shipped = new_state(config("run.init=samfeat"), connect(chosen.run)).student.state_dict()
     assert all(torch.equal(shipped[name], value.float()) for name, value in load_file(find_weights("samfeat")).items())
     tuned = train(cache, tmp_path / "tuned", config(init, "optimiser.steps=1"))
-    assert tuned.first == run.last
+    assert (run.last["initialised"], tuned.first["initialised"]) == (0, 1)
+    assert tuned.first == run.last | {"initialised": 1}
+    assert "which its initial weights may have seen" in (tuned.folder / "report.html").read_text()
     with pytest.raises(ValueError, match=r"has network\.widths=\(16, 32, 64, 128\) and this run") as error:
         train(cache, tmp_path / "slim", config(init, "network.widths=[32, 64, 96, 128]"))
     assert "\n" not in str(error.value)

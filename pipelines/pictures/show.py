@@ -21,9 +21,9 @@ def show_keypoints(image: Any, features: Mapping[str, Any]) -> Image.Image:
         features: what it returned for the image.
 
     Raises:
-        ValueError: something else than an accepted image.
+        ValueError: something else than an accepted image, or features without keypoints or scores.
     """
-    keypoints, scores = _numpy(features["keypoints"]), _numpy(features["scores"])
+    keypoints, scores = _field(features, "keypoints"), _field(features, "scores")
     return Image.fromarray(draw_keypoints(_pixels(image), keypoints, scores))
 
 
@@ -38,11 +38,11 @@ def show_matches(
         matches: int [M, 2], or what :func:`samfeat.match` returned.
 
     Raises:
-        ValueError: something else than an accepted image, or matches that are not rows of ``features0`` and
+        ValueError: something else than an accepted image, features without keypoints, or matches that are not rows of ``features0`` and
             ``features1``.
     """
-    points0, points1 = _numpy(features0["keypoints"]), _numpy(features1["keypoints"])
-    pairs = _numpy(matches["matches"] if isinstance(matches, Mapping) else matches)
+    points0, points1 = _field(features0, "keypoints"), _field(features1, "keypoints")
+    pairs = _field(matches, "matches") if isinstance(matches, Mapping) else _numpy(matches)
     if pairs.shape == (0,):  # an empty list
         pairs = np.zeros((0, 2), np.int64)
     if pairs.ndim != 2 or pairs.shape[1] != 2 or pairs.dtype.kind not in "iu":
@@ -51,6 +51,12 @@ def show_matches(
         raise ValueError(f"matches must be rows of {len(points0)} and {len(points1)} keypoints; some lie outside")
     points0, points1 = points0[pairs[:, 0]], points1[pairs[:, 1]]
     return Image.fromarray(draw_matches(_pixels(image0), _pixels(image1), points0, points1))
+
+
+def _field(found: Mapping[str, Any], name: str) -> np.ndarray:
+    if name not in found:
+        raise ValueError(f"no {name!r} among {', '.join(map(repr, found)) or 'nothing'}: give what samfeat returned")
+    return _numpy(found[name])
 
 
 def _numpy(values: Any) -> np.ndarray:

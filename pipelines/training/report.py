@@ -165,7 +165,11 @@ def read_metrics(path: Path) -> list[Row]:
 
 def validated(rows: Sequence[Row]) -> str:
     """Description of the images used for validation."""
-    return "training images" if any(entry.get("validation/held_out") == 0 for entry in rows) else "held-out images"
+    if any(entry.get("validation/held_out") == 0 for entry in rows):
+        return "training images"
+    if any(entry.get("validation/initialised") for entry in rows):
+        return "images held out of this run, which its initial weights may have seen"
+    return "held-out images"
 
 
 def forget_after(path: Path, step: int) -> None:

@@ -63,8 +63,8 @@ class Outcome(NamedTuple):
 
     Attributes:
         figures: ``mma@1``, ``mma@3``, ``mma@5``: mean share of mutual matches within 1, 3, 5 pixels; ``matches``:
-            mutual matches per pair; ``keypoints``: keypoints per image; ``held_out``: 1 if training never sees the
-            images, 0 if they are training images.
+            mutual matches per pair; ``keypoints``: keypoints per image; ``held_out``: 1 if this run never trains on
+            the images, 0 if it does; ``initialised``: 1 if it started from a student that may have seen them.
         views: some of the pairs, the same ones every time.
     """
 
@@ -121,7 +121,7 @@ class Validation:
         config: how many images and pairs, how many keypoints, the seed.
         data: the distribution that training draws from as well: whole crops and their homographies, or windows onto
             them, every second pair with a quarter of the strength and the others with all of it.
-        held_out: whether the images are held out of training.
+        held_out: whether the images are held out of this run.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class Validation:
         *,
         held_out: bool = True,
     ) -> None:
-        self._held_out = held_out
+        self._origin = {"held_out": float(held_out), "initialised": float(bool(config.init))}
         picked = [images[i] for i in np.linspace(0, len(images) - 1, config.validation_pairs).round().astype(int)]
         generator = torch.Generator().manual_seed(config.seed + 1)
         clean = torch.from_numpy(np.stack([stores[store][image].image for store, image in picked]))
@@ -167,8 +167,7 @@ class Validation:
                 views.append(self._view(pair, network, features, errors[-1]))
         figures = {f"mma@{t}": float(value) for t, value in zip(THRESHOLDS, mma(errors, THRESHOLDS))}
         figures |= {"matches": float(np.mean([len(e) for e in errors])), "keypoints": float(np.mean(keypoints))}
-        figures["held_out"] = float(self._held_out)
-        return Outcome(figures, views)
+        return Outcome(figures | self._origin, views)
 
     @torch.no_grad()
     def _view(
