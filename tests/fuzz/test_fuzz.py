@@ -76,10 +76,10 @@ def healthy(tmp_path_factory) -> Path:
     )
     toy_store(folder / "cache" / "a.zarr", 2)
     run = CliRunner()
-    made = run.invoke(
-        cli.app, ["extract", str(folder / "photos"), str(folder / "f.h5"), "--method", "sift", "--max-keypoints", "20"]
-    )
-    assert made.exit_code == 0, made.output
+    for source, name in (("photos", "f.h5"), ("planes", "planes.h5")):
+        words = ["extract", str(folder / source), str(folder / name), "--method", "sift", "--max-keypoints", "20"]
+        made = run.invoke(cli.app, words)
+        assert made.exit_code == 0, made.output
     words = [
         "evaluate",
         "hpatches",
@@ -143,10 +143,13 @@ def weights(rng: random.Random, here: Path) -> list[str]:
 
 
 def features(rng: random.Random, here: Path) -> list[str]:
+    name = rng.choice(["f.h5", "f.h5", "planes.h5"])
     if rng.random() < 0.5:
-        damage.damage_file(here / "f.h5", rng)
+        damage.damage_file(here / name, rng)
     else:
-        damage.damage_hdf5(here / "f.h5", rng)
+        damage.damage_hdf5(here / name, rng)
+    if name == "planes.h5":
+        return ["evaluate", "hpatches", "--data", "planes", "--out", "out/e", "--method", name]
     return rng.choice(
         [
             ["match-pairs", "f.h5", "out/m.h5"],
