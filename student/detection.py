@@ -9,26 +9,43 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+CANDIDATES_PER_KEYPOINT = 8  # pixels looked at first
 
-def detect(logits: Float[Tensor, "b h w"], threshold: float, *, radius: int, border: int) -> list[Int[Tensor, "k 2"]]:
-    """Keypoints of detection maps: threshold, suppression, border, in this order.
+
+def detect(
+    logits: Float[Tensor, "b h w"], threshold: float, *, radius: int, border: int, limit: int | None = None
+) -> list[Int[Tensor, "k 2"]]:
+    """Keypoints of detection maps: threshold, suppression, border, limit, in this order.
+
+    A pixel is suppressed by better ones only, so the best keypoints are found among the best pixels: with a limit, a
+    few times as many of them as keypoints are looked at, and more only if these were too few.
 
     Args:
         logits: [B, H, W].
         threshold: minimum probability, compared with the sigmoid of ``logits``.
         radius: see :func:`greedy_nms`.
         border: pixels along each side without keypoints.
+        limit: maximum number of keypoints of a map, the best ones; ``None`` for all.
 
     Returns:
         for every map int64 [K, 2], (y, x), by descending logit. Logits order like probabilities, but do not saturate.
     """
     height, width = logits.shape[1:]
-    found = []
-    for kept in greedy_nms(logits, torch.sigmoid(logits) >= threshold, radius=radius):
-        y, x = kept // width, kept % width
-        inside = (x >= border) & (x < width - border) & (y >= border) & (y < height - border)
-        found.append(torch.stack((y, x), dim=1)[inside])
-    return found
+    pixels, tried = height * width, CANDIDATES_PER_KEYPOINT * (limit or height * width)
+    allowed = torch.sigmoid(logits) >= threshold
+    while True:
+        candidates = allowed
+        if tried < pixels:
+            worst = logits.flatten(1).kthvalue(pixels - tried + 1, dim=1).values
+            candidates = allowed & (logits >= worst[:, None, None])
+        found = []
+        for kept in greedy_nms(logits, candidates, radius=radius):
+            y, x = kept // width, kept % width
+            inside = (x >= border) & (x < width - border) & (y >= border) & (y < height - border)
+            found.append(torch.stack((y, x), dim=1)[inside][:limit])
+        if tried >= pixels or min(map(len, found)) == limit or torch.equal(candidates, allowed):
+            return found
+        tried *= 4
 
 
 def greedy_nms(

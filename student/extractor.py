@@ -308,11 +308,14 @@ class SAMFeat(nn.Module):
         maps = folded.run(torch.from_numpy(np.stack(images)).to(device))
 
         points, scores = [], []
-        for logits, points_yx in zip(
+        found = detect(
             maps.logits,
-            detect(maps.logits, options.detection_threshold, radius=options.nms_radius, border=options.border),
-        ):
-            kept = points_yx if options.multiscale else points_yx[: options.max_keypoints]
+            options.detection_threshold,
+            radius=options.nms_radius,
+            border=options.border,
+            limit=options.max_keypoints,
+        )
+        for logits, kept in zip(maps.logits, found):
             offsets = subpixel_offsets(logits, kept) if options.subpixel else 0
             points.append(kept.flip(1).float() + offsets)
             scores.append(torch.sigmoid(logits[kept[:, 0], kept[:, 1]]).float())

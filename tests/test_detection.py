@@ -91,6 +91,21 @@ def test_saturated_probabilities_are_still_ordered():
     assert detect(logits[None], 0.5, radius=4, border=0)[0].tolist() == [[4, 14], [4, 24], [4, 4]]
 
 
+@pytest.mark.parametrize("threshold", [0.0, 0.5, 0.9])
+@pytest.mark.parametrize("smooth", [0, 1, 6])
+@pytest.mark.parametrize("limit", [1, 7, 60, 100_000])
+def test_a_limit_keeps_the_best_of_all(limit, smooth, threshold):
+    generator = torch.Generator().manual_seed(smooth)
+    logits = torch.randn((2, 90, 130), generator=generator)
+    if smooth:
+        maps = [cv2.GaussianBlur(one.numpy(), (0, 0), smooth) for one in logits]
+        logits = torch.from_numpy(np.round(4 * smooth * np.stack(maps), 1))  # with ties
+    logits[1] -= 1
+    every = detect(logits, threshold, radius=2, border=4)
+    best = detect(logits, threshold, radius=2, border=4, limit=limit)
+    assert [points.tolist() for points in best] == [points[:limit].tolist() for points in every]
+
+
 def quadratic(peak_x, peak_y, *, a=-1.0, b=-0.7, c=0.4, shape=(15, 17)):
     y, x = np.mgrid[: shape[0], : shape[1]]
     u, v = x - peak_x, y - peak_y
