@@ -72,11 +72,11 @@ def greedy_nms(
     rank = rank.view_as(scores)
     taken = torch.zeros_like(candidates)
     while True:
-        best = (rank > 0) & (rank == _window_max(rank, radius))
+        best = (rank > 0) & (rank == window_max(rank, radius))
         if not best.any():
             break
         taken |= best
-        rank[_window_max(best, radius)] = 0
+        rank[window_max(best, radius)] = 0
     kept = order[taken.flatten()[order]]
     pixels = scores[0].numel()
     if len(scores) == 1:
@@ -86,7 +86,7 @@ def greedy_nms(
     return list((kept % pixels)[positions].split(counts))
 
 
-def _window_max(values: Tensor, radius: int) -> Tensor:
+def window_max(values: Tensor, radius: int) -> Tensor:
     """Maximum of the square of 2 ``radius`` + 1 pixels around every pixel, of float or bool maps [B, H, W]."""
     if values.device.type != "cpu":
         return _pooled_max(values, radius)

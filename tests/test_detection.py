@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from samfeat.student.detection import _pooled_max, _window_max, detect, greedy_nms, subpixel_offsets
+from samfeat.student.detection import _pooled_max, window_max, detect, greedy_nms, subpixel_offsets
 
 
 def greedy_loop(scores, candidates, radius):
@@ -67,8 +67,8 @@ def test_greedy_nms_without_candidates():
 @pytest.mark.parametrize("radius", [0, 1, 4])
 def test_pooling_of_other_devices_gives_the_same_windows(radius):
     values = torch.rand((2, 23, 31), generator=torch.Generator().manual_seed(0))
-    assert torch.equal(_window_max(values, radius), _pooled_max(values, radius))
-    assert torch.equal(_window_max(values > 0.99, radius), _pooled_max(values > 0.99, radius))
+    assert torch.equal(window_max(values, radius), _pooled_max(values, radius))
+    assert torch.equal(window_max(values > 0.99, radius), _pooled_max(values > 0.99, radius))
 
 
 def test_detect_thresholds_the_probability_and_includes_it():

@@ -17,7 +17,6 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from samfeat.pipelines.config import DataConfig
@@ -33,6 +32,7 @@ from samfeat.pipelines.homography import (
     warp_targets,
 )
 from samfeat.pipelines.training.cached import Source
+from samfeat.student.detection import window_max
 from samfeat.student.network import sample
 from samfeat.teacher_cache.schema import MAX_KEYPOINTS, POINTS, Targets
 from samfeat.teacher_cache.store import TeacherCache
@@ -375,8 +375,7 @@ def strongest_nearby(keypoints: Tensor, size: tuple[int, int], *, radius: int = 
     index = row.clamp(0, height - 1) * width + column.clamp(0, width - 1)
     scores = keypoints[..., 2] * inside
     best = torch.zeros(len(keypoints), height * width, device=keypoints.device).scatter_reduce(1, index, scores, "amax")
-    reach = 2 * radius + 1
-    around = F.max_pool2d(best.view(-1, 1, height, width), reach, stride=1, padding=radius).flatten(1)
+    around = window_max(best.view(-1, height, width), radius).flatten(1)
     kept = scores * (scores == around.gather(1, index))
     return torch.cat([keypoints[..., :2], kept[..., None]], dim=2)
 
