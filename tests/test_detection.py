@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from samfeat.student.detection import _pooled_max, window_max, detect, greedy_nms, subpixel_offsets
+from samfeat.student.detection import _pooled_max, detect, greedy_nms, subpixel_offsets, window_max
 
 
 def greedy_loop(scores, candidates, radius):

@@ -38,8 +38,8 @@ def show_matches(
         matches: int [M, 2], or what :func:`samfeat.match` returned.
 
     Raises:
-        ValueError: something else than an accepted image, features without keypoints, or matches that are not rows of ``features0`` and
-            ``features1``.
+        ValueError: something else than an accepted image, features without keypoints, or matches that are not rows of
+            ``features0`` and ``features1``.
     """
     points0, points1 = _field(features0, "keypoints"), _field(features1, "keypoints")
     pairs = _field(matches, "matches") if isinstance(matches, Mapping) else _numpy(matches)
