@@ -74,7 +74,7 @@ def test_a_run_leaves_everything_behind(run):
     assert all(torch.equal(saved[name], value) for name, value in state["average"].items())  # the average is saved
     assert not torch.equal(state["network"]["conv_des.weight"], state["average"]["conv_des.weight"])
     assert run.last["held_out"] == 1
-    assert "validated on held-out images" in (run.folder / "report.html").read_text()
+    assert "Validated on held-out images" in (run.folder / "report.html").read_text()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

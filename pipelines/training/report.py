@@ -100,11 +100,11 @@ class RunReport:
             )
         page = render(
             "run",
-            title=f"Training run {'/'.join(self.folder.resolve().parts[-2:])}, validated on {validated(rows)}",
+            title=f"Training run {'/'.join(self.folder.resolve().parts[-2:])}",
             state=_state(rows, step, steps),
             charts=_charts(rows),
             values=_validations(rows),
-            validated=f"one of the {validated(rows)}",
+            validated=validated(rows),
             scale=SCALE,
             worst=f"{WORST:.0f}",
             pairs=pairs,
