@@ -32,7 +32,7 @@ from samfeat.pipelines.files import write_json
 from samfeat.pipelines.train import Progress as TrainingProgress
 from samfeat.pipelines.train import train
 from samfeat.pipelines.training.ablation_report import VALIDATION, write_report
-from samfeat.pipelines.training.ablation_tables import Ablations, Row, Run, Table, load_ablations, plan_runs
+from samfeat.pipelines.training.ablation_tables import Ablations, AblationTable, Row, Run, load_ablations, plan_runs
 from samfeat.pipelines.training.checkpoint import NAMES as CHECKPOINTS
 from samfeat.pipelines.training.validation import Validation, hold_out
 from samfeat.student.extractor import SAMFeat
@@ -119,7 +119,7 @@ class _Study:
         self,
         cache: str | Path,
         folder: Path,
-        tables: Mapping[str, Table],
+        tables: Mapping[str, AblationTable],
         plan: Mapping[tuple[str, str, int], Run],
         stores: Sequence[TeacherCache],
         data: str | Path | None,

@@ -187,7 +187,7 @@ def build_cache(
             seed=seed,
             versions=package_versions(*RECORDED),
         )
-        maker = _ShardMaker(str(store), images, teacher, labels, seed, strict)
+        maker = _StoreShardMaker(str(store), images, teacher, labels, seed, strict)
         summaries.append(_fill(maker, spec, described, workers, part, repair, progress))
     return summaries[0] if len(summaries) == 1 else _together(summaries)
 
@@ -266,7 +266,7 @@ def _together(summaries: list[BuildSummary]) -> BuildSummary:
 
 
 def _fill(
-    maker: _ShardMaker,
+    maker: _StoreShardMaker,
     spec: StoreSpec,
     described: Provenance,
     workers: Workers,
@@ -285,7 +285,7 @@ def _fill(
             forget_damaged(cache, mine)
         _forget_outdated(cache, maker.source, mine)
         missing = sorted(set(cache.missing()) & set(mine))
-        counter = _Counter(spec, mine, missing, progress)
+        counter = _StoreProgress(spec, mine, missing, progress)
         maker.advance = counter.advance if workers.here else None
         passed_over: dict[str, None] = {}
         for shard, reasons in make_shards(maker, missing, workers):
@@ -341,7 +341,7 @@ def _is_usable(source: ImageSource, number: int) -> bool:
     return True
 
 
-class _Counter:
+class _StoreProgress:
     """Counts the images of a part of a store across worker threads."""
 
     def __init__(
@@ -359,7 +359,7 @@ class _Counter:
                 self.progress(self.done, self.total)
 
 
-class _ShardMaker:
+class _StoreShardMaker:
     """Everything a worker needs to make shards; opens the store and the detector in the worker."""
 
     def __init__(

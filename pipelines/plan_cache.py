@@ -79,7 +79,7 @@ def make_plan(
     with tempfile.TemporaryDirectory(prefix="samfeat-") as folder:
 
         def made(name: str, first: int, count: int) -> TeacherCache:
-            part = _Part(source, first, count)
+            part = _SourceSlice(source, first, count)
             build_cache(f"{folder}/{name}.zarr", part, teacher, labels=labels, workers=Workers(threads=1))
             cache = TeacherCache.open(f"{folder}/{name}.zarr")
             if len(cache.failures) == len(cache):
@@ -104,7 +104,7 @@ def make_plan(
         )
 
 
-class _Part:
+class _SourceSlice:
     """A few items of a source, as a source."""
 
     def __init__(self, source: ImageSource, first: int, count: int) -> None:

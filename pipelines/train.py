@@ -28,7 +28,7 @@ from samfeat.pipelines.config import Config, learning_rate
 from samfeat.pipelines.files import allow_many_files
 from samfeat.pipelines.memory import is_out_of_memory
 from samfeat.pipelines.training.batch_size import largest_that_fits
-from samfeat.pipelines.training.batches import Part, RawBatch, make_batch, read_ahead
+from samfeat.pipelines.training.batches import BatchPart, RawBatch, make_batch, read_ahead
 from samfeat.pipelines.training.checkpoint import load_initial
 from samfeat.pipelines.training.interruption import Interruption
 from samfeat.pipelines.training.loader import Loader
@@ -287,7 +287,7 @@ def train_step(
     number: int,
     *,
     rate: float,
-    part: Part,
+    part: BatchPart,
     progress: float = 1.0,
     asked: bool = False,
 ) -> StepValues:
@@ -404,7 +404,7 @@ def _refuse_batch_size(state: State, loader: Loader, raw: RawBatch) -> NoReturn:
 
         def attempt(items: RawBatch) -> None:
             count = len(items.synthetic)
-            train_step(state, items, 0, rate=0.0, part=Part(0, count, count))
+            train_step(state, items, 0, rate=0.0, part=BatchPart(0, count, count))
 
         fits = largest_that_fits(raw, attempt)
         advice = f"{fits} would fit" if fits else "not even 1 fits: train on smaller crops, or on another device"

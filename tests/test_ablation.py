@@ -23,7 +23,7 @@ from samfeat.pipelines.ablation import VALIDATION
 from samfeat.pipelines.evaluate import evaluate
 from samfeat.pipelines.evaluation.hpatches import HPatches
 from samfeat.pipelines.features.methods import load_method
-from samfeat.pipelines.training.ablation_tables import Row, Table
+from samfeat.pipelines.training.ablation_tables import AblationTable, Row
 
 pytestmark = pytest.mark.usefixtures("without_curves")
 KILLS = int(os.environ.get("SAMFEAT_KILLS", 4))
@@ -107,7 +107,9 @@ def test_options_at_test_time_are_measured_on_the_same_views(study, cache, tmp_p
     folder, _, _ = study
     rows = table(folder, "A")["rows"]
     assert rows["gain"]["figures"][VALIDATION] != rows["whole"]["figures"][VALIDATION]
-    as_trained = {"A": Table("a", rows={"x": Row(), "y": Row(extraction={"edge_gain": 0.0, "max_keypoints": 40})})}
+    as_trained = {
+        "A": AblationTable("a", rows={"x": Row(), "y": Row(extraction={"edge_gain": 0.0, "max_keypoints": 40})})
+    }
     run_study(cache, tmp_path, tables=as_trained, seeds=1)
     x, y = (row["figures"][VALIDATION]["0"] for row in table(tmp_path, "A")["rows"].values())
     assert x == pytest.approx(y)
@@ -193,7 +195,7 @@ def test_killed_at_random_moments(cache, study, tmp_path, kills):
 
 def test_a_row_that_fails_is_named_and_the_others_go_on(cache, tmp_path, caplog):
     features = {"losses.relation_form": "features"}  # of 256 channels; the toy teacher has 8
-    tables = {"V": Table("Five", rows={"DSFD": Row(None, features), "ASRD": Row()})}
+    tables = {"V": AblationTable("Five", rows={"DSFD": Row(None, features), "ASRD": Row()})}
     caplog.set_level("INFO", "samfeat")
     summary = run_study(cache, tmp_path, tables=tables, seeds=1)
     (reason,) = summary.failures.values()
@@ -206,7 +208,9 @@ def test_a_row_that_fails_is_named_and_the_others_go_on(cache, tmp_path, caplog)
 def test_step_times_are_taken_in_turns(cache, tmp_path, trained, monkeypatch):
     for name, value in {"ROUNDS": 2, "WARM_STEPS": 1, "TIMED_STEPS": 2}.items():
         monkeypatch.setattr(ablation, name, value)
-    tables = {"T": Table("Time", "step_time", "hours", rows={"all": Row(6.0), "less": Row(3.0, {"losses.wsc": 0})})}
+    tables = {
+        "T": AblationTable("Time", "step_time", "hours", rows={"all": Row(6.0), "less": Row(3.0, {"losses.wsc": 0})})
+    }
     summary = run_study(cache, tmp_path, tables=tables)
     assert summary.runs == 0
     assert trained[:2] == trained[2:]

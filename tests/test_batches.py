@@ -16,8 +16,8 @@ import samfeat.pipelines.training.batches as batches
 from samfeat.pipelines.config import DataConfig
 from samfeat.pipelines.homography import ViewConfig
 from samfeat.pipelines.training.batches import (
+    BatchPart,
     Item,
-    Part,
     RawBatch,
     descriptor_points,
     epoch_batches,
@@ -48,7 +48,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def raw_batch(store, *items: Item, data: DataConfig = QUIET, seed: int = 0) -> RawBatch:
-    return read_batch(FromDisk([store]), items, data, item_generators(seed, 0, Part(0, len(items), len(items))))
+    return read_batch(FromDisk([store]), items, data, item_generators(seed, 0, BatchPart(0, len(items), len(items))))
 
 
 def test_every_pair_is_an_item_of_both_kinds_and_failures_and_held_out_are_none(tmp_path):
@@ -322,7 +322,7 @@ def test_the_parts_of_several_processes_make_the_windows_of_one(store, processes
     items = (*ITEMS[:4], Item(0, "aligned", 2))
     whole = make_batch(raw_batch(store, *items, data=WINDOWS), WINDOWS, generator(4), progress=0.1)
     for rank in range(processes):
-        part = Part.of(len(items), rank, processes)
+        part = BatchPart.of(len(items), rank, processes)
         raw = read_batch(FromDisk([store]), items[part.start : part.stop], WINDOWS, item_generators(0, 0, part))
         batch = make_batch(raw, WINDOWS, generator(4), part, progress=0.1)
         own = torch.arange(part.start, part.stop)
@@ -336,7 +336,7 @@ def test_the_parts_of_several_processes_make_the_windows_of_one(store, processes
 def test_the_parts_of_several_processes_make_the_batch_of_one(store, processes):
     data = DataConfig(photometric_probability=0.7)
     whole = make_batch(raw_batch(store, *ITEMS, data=data), data, generator(4))
-    parts = [Part.of(len(ITEMS), rank, processes) for rank in range(processes)]
+    parts = [BatchPart.of(len(ITEMS), rank, processes) for rank in range(processes)]
     assert [place for part in parts for place in range(part.start, part.stop)] == list(range(len(ITEMS)))
     for part in parts:
         rngs = item_generators(0, 0, part)
@@ -355,7 +355,7 @@ def test_a_copy_in_memory_gives_the_same_batches(store, tmp_path):
     source = InMemory([store, photos], torch.device("cpu"), progress=lambda done, total: seen.append((done, total)))
     assert seen == [(len(store) + 3, len(store) + 3)]
     items = [*ITEMS, Item(1, "synthetic", 2)]
-    rngs = [item_generators(0, 0, Part(0, len(items), len(items))) for _ in range(2)]
+    rngs = [item_generators(0, 0, BatchPart(0, len(items), len(items))) for _ in range(2)]
     expected = read_batch(FromDisk([store, photos]), items, QUIET, rngs[0])
     copied = read_batch(source, items, QUIET, rngs[1])
     for name, own, other in zip(expected._fields, copied, expected):

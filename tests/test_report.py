@@ -18,7 +18,7 @@ from samfeat.pipelines.config import load_config
 from samfeat.pipelines.pictures.draw import GREEN, LEAST, RED, YELLOW
 from samfeat.pipelines.train import train
 from samfeat.pipelines.training.report import RunReport, draw_curves, forget_after, read_metrics, series, tiles
-from samfeat.pipelines.training.validation import Validation, View
+from samfeat.pipelines.training.validation import PairView, Validation
 from samfeat.student.network import PRESETS, SAMFeatNetwork
 from samfeat.teacher_cache.store import open_stores
 
@@ -44,7 +44,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def view(left: np.ndarray, *, points: np.ndarray | None = None, errors: np.ndarray | None = None, **maps) -> View:
+def view(left: np.ndarray, *, points: np.ndarray | None = None, errors: np.ndarray | None = None, **maps) -> PairView:
     height, width = left.shape[:2]
     given = {
         "heatmap": np.zeros((height, width), np.float32),
@@ -54,7 +54,7 @@ def view(left: np.ndarray, *, points: np.ndarray | None = None, errors: np.ndarr
     }
     points = np.zeros((2, 0, 2)) if points is None else points
     errors = np.zeros(0) if errors is None else errors
-    return View(name="a&b.png", left=left, right=left, points=points, errors=errors, teacher="toy", **given | maps)
+    return PairView(name="a&b.png", left=left, right=left, points=points, errors=errors, teacher="toy", **given | maps)
 
 
 def write(folder, stores, views, *overrides: str, writer=None) -> str:

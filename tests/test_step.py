@@ -10,7 +10,7 @@ from toy_runs import config
 from samfeat.pipelines.memory import is_out_of_memory
 from samfeat.pipelines.train import State, new_state, train_step
 from samfeat.pipelines.training.batch_size import largest_that_fits
-from samfeat.pipelines.training.batches import Item, Part, item_generators, read_batch
+from samfeat.pipelines.training.batches import BatchPart, Item, item_generators, read_batch
 from samfeat.pipelines.training.cached import FromDisk
 from samfeat.pipelines.training.processes import connect
 from samfeat.student.network import SAMFeatNetwork
@@ -18,7 +18,7 @@ from samfeat.teacher_cache.store import TeacherCache
 
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero", "allclose")
 ITEMS = [Item(0, "real", 0), Item(0, "synthetic", 1), Item(0, "synthetic", 4)]
-PART = Part(0, 3, 3)
+PART = BatchPart(0, 3, 3)
 
 
 class HostReads(TorchDispatchMode):

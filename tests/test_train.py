@@ -371,13 +371,13 @@ def test_learning_rate_schedules():
 
 
 def test_terms_with_weight_zero_are_not_computed_and_the_sum_is_weighted(cache):
-    from samfeat.pipelines.training.batches import Item, Part, item_generators, make_batch, read_batch
+    from samfeat.pipelines.training.batches import BatchPart, Item, item_generators, make_batch, read_batch
     from samfeat.pipelines.training.cached import FromDisk
     from samfeat.teacher_cache.store import open_stores
 
     chosen = config("losses.wsc=0", "losses.edge=0.5", "losses.detection_form=paper")
     items = [Item(0, "real", 0), Item(0, "synthetic", 1)]
-    raw = read_batch(FromDisk(open_stores(cache)), items, chosen.data, item_generators(0, 0, Part(0, 2, 2)))
+    raw = read_batch(FromDisk(open_stores(cache)), items, chosen.data, item_generators(0, 0, BatchPart(0, 2, 2)))
     batch = make_batch(raw, chosen.data, torch.Generator().manual_seed(0))
     network = SAMFeatNetwork(chosen.network, generator=torch.Generator().manual_seed(0))
     terms = losses(network(batch.images), batch, chosen.losses, sampling=chosen.network.sampling)

@@ -8,7 +8,7 @@ import pytest
 
 from samfeat.pipelines.evaluation import view3d
 from samfeat.pipelines.evaluation.camera_poses import Pose, PosedCamera
-from samfeat.pipelines.evaluation.view3d import MOST_POINTS, View, write_preview, write_view
+from samfeat.pipelines.evaluation.view3d import MOST_POINTS, SceneView, write_preview, write_view
 
 MATRIX = np.array([[500.0, 0, 319.5], [0, 500, 239.5], [0, 0, 1]])
 
@@ -37,12 +37,12 @@ def places(trace: dict) -> np.ndarray:
     return np.stack([numbers(trace[axis]) for axis in "xyz"], axis=1) / 32767 * view3d.REACH
 
 
-def scene(count: int = 200) -> View:
+def scene(count: int = 200) -> SceneView:
     rng = np.random.default_rng(1)
     points = rng.normal(0, 1, (count, 3)) + (0, 0, 8)
     colors = rng.integers(0, 256, (count, 3), np.uint8)
     cameras = {"estimated": {"a.jpg": camera_at((-1, 0, 0)), "b.jpg": camera_at((1, 0, 0))}}
-    return View("A <scene> & its cameras", points, colors, cameras)
+    return SceneView("A <scene> & its cameras", points, colors, cameras)
 
 
 def test_the_page_holds_the_points_up_to_a_similarity(tmp_path):
@@ -122,7 +122,7 @@ def test_points_far_away_do_not_shrink_the_rest(tmp_path):
 
 
 def test_nothing_or_too_much_to_show_is_refused(tmp_path):
-    nothing = View("", np.zeros((0, 3)), np.zeros((0, 3), np.uint8), {"estimated": {}})
+    nothing = SceneView("", np.zeros((0, 3)), np.zeros((0, 3), np.uint8), {"estimated": {}})
     with pytest.raises(ValueError, match="neither a point nor a camera"):
         write_view(tmp_path / "view.html", nothing)
     group = {"a": camera_at((0, 0, 0))}

@@ -9,7 +9,7 @@ from typing import Any
 
 from samfeat.pipelines.ablation import ablate
 from samfeat.pipelines.config import Config, load_config
-from samfeat.pipelines.training.ablation_tables import Row, Table, load_ablations
+from samfeat.pipelines.training.ablation_tables import AblationTable, Row, load_ablations
 
 SETTINGS = [
     "optimiser.batch_size=2",
@@ -38,12 +38,12 @@ STUDY_SETTINGS = [
     "run.max_keypoints=40",
 ]
 TABLES = {
-    "A": Table(
+    "A": AblationTable(
         "First",
         paper="MMA [%]",
         rows={"whole": Row(80.0), "no wsc": Row(79.0, {"losses.wsc": 0}), "gain": Row(None, {}, {"edge_gain": 5.0})},
     ),
-    "B": Table(
+    "B": AblationTable(
         "Second",
         reference="same",
         change={"losses.wsc": 0},
@@ -63,7 +63,7 @@ def metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def run_study(cache: Path, folder: Path, *, tables: dict[str, Table] = TABLES, **options: Any) -> Any:
+def run_study(cache: Path, folder: Path, *, tables: dict[str, AblationTable] = TABLES, **options: Any) -> Any:
     """Ablations of toy tables, two seeds."""
     given = dataclasses.replace(load_ablations(), tables=tables, extraction=EXTRACTION)
     return ablate(cache, folder, **{"ablations": given, "seeds": 2, "overrides": STUDY_SETTINGS} | options)

@@ -23,7 +23,7 @@ class _Group(NamedTuple):
     pictures: list[Picture]
 
 
-class _Part(NamedTuple):
+class _Section(NamedTuple):
     """An evaluation as the template takes it."""
 
     title: str
@@ -57,7 +57,7 @@ def write_comparison_page(path: str | Path, folders: Sequence[str | Path]) -> Pa
     return write_bytes(path, render("comparison", title=title, parts=parts))
 
 
-def _part(folder: Path) -> _Part:
+def _part(folder: Path) -> _Section:
     if not (folder / "table.json").is_file():
         raise ValueError(f"{folder} holds no table.json: give a folder that `samfeat-cli evaluate` has written")
     try:
@@ -72,7 +72,7 @@ def _part(folder: Path) -> _Part:
     methods = sorted(results.parent for results in folder.glob("*/results.json"))
     names = sorted({png.relative_to(method).as_posix() for method in methods for png in _pictures(method)})
     what = f"{title} of {', '.join(method.name for method in methods)}"
-    return _Part(
+    return _Section(
         title=title,
         folder=str(folder),
         meaning=meaning,

@@ -32,7 +32,7 @@ from samfeat.pipelines.evaluation.sfm import (
     quiet,
     triangulate_database,
 )
-from samfeat.pipelines.evaluation.view3d import View, write_preview, write_view
+from samfeat.pipelines.evaluation.view3d import SceneView, write_preview, write_view
 from samfeat.pipelines.extract import Progress
 from samfeat.pipelines.features.formats import Features
 from samfeat.pipelines.features.protocol import Method
@@ -388,6 +388,6 @@ def _show(
     cameras: dict[str, dict[str, PosedCamera]] = {"database": posed_cameras(model), "localised": queries}
     if scene.truth is not None:
         cameras["true"] = scene.truth
-    view = View(title, *points_and_colors(model), cameras)
+    view = SceneView(title, *points_and_colors(model), cameras)
     write_view(folder / "view.html", view)
     write_preview(folder / "view.png", view)

@@ -41,7 +41,7 @@ from samfeat.pipelines.evaluation.sfm import (
     points_and_colors,
     posed_cameras,
 )
-from samfeat.pipelines.evaluation.view3d import View, write_preview, write_view
+from samfeat.pipelines.evaluation.view3d import SceneView, write_preview, write_view
 from samfeat.pipelines.extract import Progress, list_images
 from samfeat.pipelines.features.formats import Features
 from samfeat.pipelines.features.protocol import Method
@@ -381,6 +381,6 @@ def _show(scene: Collection, model: pycolmap.Reconstruction, folder: Path, title
         moved = align([scene.truth[i].pose for i in shared], [cameras["estimated"][i].pose for i in shared])
         if moved is not None:
             cameras["true"] = {i: scene.truth[i]._replace(pose=pose) for i, pose in zip(shared, moved, strict=True)}
-    view = View(title, *points_and_colors(model), cameras)
+    view = SceneView(title, *points_and_colors(model), cameras)
     write_view(folder / "view.html", view)
     write_preview(folder / "view.png", view)

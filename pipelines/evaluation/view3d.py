@@ -31,7 +31,7 @@ OUTLINE = [0, 1, 2, 0, 3, 4, 0, 1, 4, 3, 2]  # of a camera, through its centre a
 STEPS = 32_767 / REACH  # coordinates are stored as whole numbers of these per radius
 
 
-class View(NamedTuple):
+class SceneView(NamedTuple):
     """What is shown.
 
     Attributes:
@@ -56,7 +56,7 @@ class _Stage(NamedTuple):
     eye: np.ndarray  # mean direction of the cameras from the origin
 
 
-def write_view(path: str | Path, view: View) -> Path:
+def write_view(path: str | Path, view: SceneView) -> Path:
     """Writes the page: more than ``MOST_POINTS`` points are thinned at random.
 
     Raises:
@@ -163,7 +163,7 @@ def _eye(stage: _Stage, reach: float) -> dict[str, float]:
     }
 
 
-def write_preview(path: str | Path, view: View) -> Path:
+def write_preview(path: str | Path, view: SceneView) -> Path:
     """Writes a PNG: the points from where the cameras are, and from above, with the cameras.
 
     Raises:
@@ -202,7 +202,7 @@ def _span(points: np.ndarray, corners: np.ndarray) -> tuple[float, float]:
     return float(ends.min() - margin), float(ends.max() + margin)
 
 
-def _stage(view: View) -> _Stage:
+def _stage(view: SceneView) -> _Stage:
     cameras = [camera for group in view.cameras.values() for camera in group.values()]
     if len(view.cameras) > len(GROUP_COLORS):
         raise ValueError(f"a view shows at most {len(GROUP_COLORS)} groups of cameras, got {len(view.cameras)}")

@@ -110,7 +110,7 @@ def write_sample(
     shutil.rmtree(partial_folder, ignore_errors=True)
     partial_folder.mkdir(parents=True)
     summary = SampleSummary(_FORMAT, seed, ROOMS + 1, 2 + ROOMS * VIEWS, HELD_OUT_SEQUENCES, CREDITS)
-    done = _Counter(summary.images + VIEWS * len(HELD_OUT_SEQUENCES), progress)
+    done = _PictureCounter(summary.images + VIEWS * len(HELD_OUT_SEQUENCES), progress)
     photographs = load_photographs()
     jobs = [partial(_write_motorcycle, partial_folder, done)]
     jobs += [
@@ -150,7 +150,7 @@ def _run(jobs: Sequence[Callable[[], None]]) -> None:
         pool.shutdown(cancel_futures=True)
 
 
-class _Counter:
+class _PictureCounter:
     """Counts pictures across threads."""
 
     def __init__(self, total: int, progress: Callable[[int, int], None] | None) -> None:
@@ -164,7 +164,9 @@ class _Counter:
                 self._progress(self._done, self._total)
 
 
-def _write_room(folder: Path, scene: str, photographs: Photographs, seed: tuple[int, ...], done: _Counter) -> None:
+def _write_room(
+    folder: Path, scene: str, photographs: Photographs, seed: tuple[int, ...], done: _PictureCounter
+) -> None:
     surfaces = room(photographs, np.random.default_rng(seed))
     views = {}
     for k in range(VIEWS):
@@ -176,7 +178,7 @@ def _write_room(folder: Path, scene: str, photographs: Photographs, seed: tuple[
     _write_scene(folder, scene, views)
 
 
-def _write_motorcycle(folder: Path, done: _Counter) -> None:
+def _write_motorcycle(folder: Path, done: _PictureCounter) -> None:
     import skimage.data
 
     left, right, disparity = skimage.data.stereo_motorcycle()
@@ -269,7 +271,7 @@ def relations(views: list[RenderedView]) -> tuple[np.ndarray, np.ndarray]:
     return overlap, scale_ratio
 
 
-def _write_sequence(folder: Path, photographs: Photographs, seed: tuple[int, ...], done: _Counter) -> None:
+def _write_sequence(folder: Path, photographs: Photographs, seed: tuple[int, ...], done: _PictureCounter) -> None:
     """Six pictures of one photograph and the homographies between them."""
     kind, name = folder.name.split("_", 1)
     photograph = photographs[name]

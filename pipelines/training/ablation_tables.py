@@ -35,7 +35,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Table:
+class AblationTable:
     """One table.
 
     Attributes:
@@ -60,7 +60,7 @@ class Ablations:
     """A file of tables; ``extraction`` holds the options of every student on sequences."""
 
     extraction: dict[str, Any] = field(default_factory=dict)
-    tables: dict[str, Table] = field(default_factory=dict)
+    tables: dict[str, AblationTable] = field(default_factory=dict)
 
 
 class Run(NamedTuple):
@@ -111,7 +111,7 @@ def load_ablations(path: str | Path | None = None) -> Ablations:
 
 
 def plan_runs(
-    tables: Mapping[str, Table],
+    tables: Mapping[str, AblationTable],
     stores: Sequence[TeacherCache],
     *,
     seeds: int,

@@ -31,7 +31,7 @@ from samfeat.pipelines.homography import (
     warp_smoothly,
     warp_targets,
 )
-from samfeat.pipelines.training.cached import Source
+from samfeat.pipelines.training.cached import BatchSource
 from samfeat.student.detection import window_max
 from samfeat.student.network import sample
 from samfeat.teacher_cache.schema import MAX_KEYPOINTS, POINTS, Targets
@@ -121,7 +121,7 @@ class Batch(NamedTuple):
     supervised: Tensor
 
 
-class Part(NamedTuple):
+class BatchPart(NamedTuple):
     """The items of a batch that one process handles: ``start`` to ``stop`` of ``total``."""
 
     start: int
@@ -129,7 +129,7 @@ class Part(NamedTuple):
     total: int
 
     @classmethod
-    def of(cls, total: int, rank: int, processes: int) -> Part:
+    def of(cls, total: int, rank: int, processes: int) -> BatchPart:
         """The part of process ``rank`` out of ``processes``; parts differ by at most one item."""
         return cls(total * rank // processes, total * (rank + 1) // processes, total)
 
@@ -164,13 +164,13 @@ def epoch_batches(items: Sequence[Item], batch_size: int, epoch: int, seed: int)
     return [[items[i] for i in part] for part in order[:usable].reshape(-1, batch_size)]
 
 
-def item_generators(seed: int, step: int, part: Part) -> list[np.random.Generator]:
+def item_generators(seed: int, step: int, part: BatchPart) -> list[np.random.Generator]:
     """One generator of random numbers for each item of a part of a step's batch."""
     return [np.random.default_rng([seed, step, 1, place]) for place in range(part.start, part.stop)]
 
 
 def read_batch(
-    source: Source,
+    source: BatchSource,
     items: Sequence[Item],
     data: DataConfig,
     rngs: Sequence[np.random.Generator],
@@ -261,7 +261,7 @@ def make_batch(
     raw: RawBatch,
     data: DataConfig,
     generator: torch.Generator,
-    part: Part | None = None,
+    part: BatchPart | None = None,
     *,
     progress: float = 1.0,
 ) -> Batch:
@@ -276,14 +276,16 @@ def make_batch(
         progress: share of all training steps that is done.
     """
     count = len(raw.synthetic)
-    part = part or Part(0, count, count)
+    part = part or BatchPart(0, count, count)
     raw = RawBatch(*(tensor.to(generator.device, non_blocking=True) for tensor in raw))
     if data.views.size:
         return _window_batch(raw, data, generator, part, data.views.strength(progress))
     return _crop_batch(raw, data, generator, part)
 
 
-def _window_batch(raw: RawBatch, data: DataConfig, generator: torch.Generator, part: Part, strength: float) -> Batch:
+def _window_batch(
+    raw: RawBatch, data: DataConfig, generator: torch.Generator, part: BatchPart, strength: float
+) -> Batch:
     """A window onto each image of every item, around a point that both show."""
     (start, stop, total), side = part, data.views.size
     size, window = (raw.images.shape[1], raw.images.shape[2]), (side, side)
@@ -380,7 +382,7 @@ def strongest_nearby(keypoints: Tensor, size: tuple[int, int], *, radius: int = 
     return torch.cat([keypoints[..., :2], kept[..., None]], dim=2)
 
 
-def _crop_batch(raw: RawBatch, data: DataConfig, generator: torch.Generator, part: Part) -> Batch:
+def _crop_batch(raw: RawBatch, data: DataConfig, generator: torch.Generator, part: BatchPart) -> Batch:
     """The whole left image; on the right the homography of synthetic items, or the other image of real ones."""
     start, stop, total = part
     device, size = generator.device, (raw.images.shape[1], raw.images.shape[2])

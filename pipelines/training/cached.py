@@ -20,7 +20,7 @@ LOADED_AT_ONCE = 64  # images that InMemory reads at a time, beside its copy
 LARGEST_SHARE = 0.9  # of the free memory that a copy may take
 
 
-class Source(Protocol):
+class BatchSource(Protocol):
     """A source of batches: the stores themselves (:class:`FromDisk`), or a copy of them in memory."""
 
     def pair(self, store: int, pair: int) -> Pair:
@@ -46,15 +46,15 @@ class FromDisk:
     stores: Sequence[TeacherCache]
 
     def pair(self, store: int, pair: int) -> Pair:
-        """See :class:`Source`."""
+        """See :class:`BatchSource`."""
         return self.stores[store].pair(pair)
 
     def is_paired(self, store: int) -> bool:
-        """See :class:`Source`."""
+        """See :class:`BatchSource`."""
         return self.stores[store].spec.paired
 
     def read(self, images: Sequence[tuple[int, int]], memory: Targets | None) -> tuple[Targets, np.ndarray]:
-        """See :class:`Source`."""
+        """See :class:`BatchSource`."""
         if memory is None:
             memory = empty_targets(self.stores[images[0][0]].spec, len(images))
         targets = Targets(*(array[: len(images)] for array in memory))
@@ -111,15 +111,15 @@ class InMemory:
         self._pairs = [[store.pair(k) for k in range(store.spec.pairs)] for store in stores]
 
     def pair(self, store: int, pair: int) -> Pair:
-        """See :class:`Source`."""
+        """See :class:`BatchSource`."""
         return self._pairs[store][pair]
 
     def is_paired(self, store: int) -> bool:
-        """See :class:`Source`."""
+        """See :class:`BatchSource`."""
         return self._stores[store].spec.paired
 
     def read(self, images: Sequence[tuple[int, int]], memory: Targets | None) -> tuple[Targets, np.ndarray]:
-        """See :class:`Source`."""
+        """See :class:`BatchSource`."""
         rows = np.array([self._first[store] + image for store, image in images])
         arrays: dict[str, Any] = {name: whole[torch.from_numpy(rows)] for name, whole in self._arrays.items()}
         return Targets(keypoints=self._keypoints[rows], **arrays), self._counts[rows]

@@ -11,15 +11,15 @@ from lightning_fabric import Fabric
 from samfeat.pipelines.config import Config
 from samfeat.pipelines.training.batches import (
     PREFETCHED,
+    BatchPart,
     Item,
-    Part,
     RawBatch,
     epoch_batches,
     item_generators,
     list_items,
     read_batch,
 )
-from samfeat.pipelines.training.cached import FromDisk, InMemory, Source, batch_memory
+from samfeat.pipelines.training.cached import BatchSource, FromDisk, InMemory, batch_memory
 from samfeat.pipelines.training.pace import LATE
 from samfeat.teacher_cache.schema import Targets
 from samfeat.teacher_cache.store import TeacherCache
@@ -60,10 +60,10 @@ class Loader:
             raise ValueError("nothing to train on: every image failed in stage one, is held out, or is switched off")
         if self.batch_size < fabric.world_size:
             raise ValueError(f"a batch of {self.batch_size} items cannot be shared by {fabric.world_size} processes")
-        self.part = Part.of(self.batch_size, fabric.global_rank, fabric.world_size)
+        self.part = BatchPart.of(self.batch_size, fabric.global_rank, fabric.world_size)
         self.steps_per_epoch = len(self._items) // self.batch_size
         self.steps = config.optimiser.steps or config.optimiser.epochs * self.steps_per_epoch
-        self._source: Source = FromDisk(stores)
+        self._source: BatchSource = FromDisk(stores)
         if config.data.in_memory != "none":
             device = fabric.device if config.data.in_memory == "device" else torch.device("cpu")
             self._source = InMemory(stores, device)
@@ -86,7 +86,7 @@ class Loader:
 
     def whole_batch(self, step: int) -> RawBatch:
         """The batch of a step, with the parts of all processes, from the stores' files."""
-        whole = Part(0, self.batch_size, self.batch_size)
+        whole = BatchPart(0, self.batch_size, self.batch_size)
         rngs = item_generators(self._config.run.seed, self.number(step), whole)
         return read_batch(FromDisk(self._stores), self._items_of(step), self._config.data, rngs)
 

@@ -32,7 +32,7 @@ from samfeat.pipelines.pictures.draw import (
     thumbnail,
 )
 from samfeat.pipelines.pictures.pages import Picture, photograph, plot, render
-from samfeat.pipelines.training.validation import THRESHOLDS, View
+from samfeat.pipelines.training.validation import THRESHOLDS, PairView
 from samfeat.teacher_cache.schema import flatten
 from samfeat.teacher_cache.store import TeacherCache
 
@@ -72,7 +72,7 @@ class RunReport:
             "versions": _versions(stores, versions),
         }
 
-    def write(self, step: int, steps: int, views: Sequence[View], writer: SummaryWriter | None = None) -> Path:
+    def write(self, step: int, steps: int, views: Sequence[PairView], writer: SummaryWriter | None = None) -> Path:
         """Redraw everything.
 
         Args:
@@ -118,7 +118,7 @@ def _picture(tile: tuple[str, np.ndarray], side: int, alt: str) -> Picture:
     return photograph(title, thumbnail(picture, side), alt=alt)
 
 
-def tiles(view: View) -> list[tuple[str, np.ndarray]]:
+def tiles(view: PairView) -> list[tuple[str, np.ndarray]]:
     """Titled pictures of a validation pair, uint8 [.., .., 3]: matches, image, heat-map, attention, both edge maps.
 
     Of many matches ``DRAWN`` are drawn (see :func:`samfeat.pipelines.pictures.draw.draw_errors`).

@@ -26,7 +26,7 @@ from samfeat.pipelines.files import write_bytes
 from samfeat.pipelines.training.batches import RawBatch
 from samfeat.pipelines.training.checkpoint import load_state, save_state
 from samfeat.pipelines.training.report import RunReport, forget_after
-from samfeat.pipelines.training.validation import View
+from samfeat.pipelines.training.validation import PairView
 from samfeat.student.export import save_weights
 from samfeat.student.extractor import EXTRACTION_PRESETS
 from samfeat.student.network import SAMFeatNetwork
@@ -105,7 +105,7 @@ class RunFolder:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
-    def show(self, step: int, steps: int, views: Sequence[View]) -> None:
+    def show(self, step: int, steps: int, views: Sequence[PairView]) -> None:
         """Redraw the report, at ``step`` of ``steps``, with the pairs of the latest validation."""
         if self._writer is not None:
             self._report.write(step, steps, views, self._writer)

@@ -30,7 +30,7 @@ THRESHOLDS = (1, 3, 5)  # pixels
 VIEWED = 3  # pairs that pictures are made of
 
 
-class View(NamedTuple):
+class PairView(NamedTuple):
     """What the student finds in one validation pair.
 
     Attributes:
@@ -69,7 +69,7 @@ class Outcome(NamedTuple):
     """
 
     figures: dict[str, float]
-    views: list[View]
+    views: list[PairView]
 
 
 def hold_out(stores: Sequence[TeacherCache], config: RunConfig) -> set[tuple[int, int]]:
@@ -146,7 +146,7 @@ class Validation:
             views = clean, photometric(warp(clean, self.homographies), generator=generator, probability=1.0)
         self.left, self.right = (view.round().to(torch.uint8) for view in views)
         viewed = np.linspace(0, len(picked) - 1, min(VIEWED, len(picked))).round().astype(int).tolist()
-        self.viewed = {pair: _Source.of(stores[picked[pair][0]], picked[pair][1]) for pair in viewed}
+        self.viewed = {pair: _StoredImage.of(stores[picked[pair][0]], picked[pair][1]) for pair in viewed}
 
     def run(self, network: SAMFeatNetwork, config: Config, **options: Any) -> Outcome:
         """Judge a student by its ``max_keypoints`` best keypoints, however unsure of them it still is.
@@ -176,14 +176,14 @@ class Validation:
         network: SAMFeatNetwork,
         features: tuple[dict[str, Tensor], dict[str, Tensor]],
         errors: np.ndarray,
-    ) -> View:
+    ) -> PairView:
         left, right, source = self.left[pair], self.right[pair], self.viewed[pair]
         keypoints = (f["keypoints"].cpu().numpy() for f in features)
         dense = network(left[None].to(next(network.parameters()).device) / 127.5 - 1)
         heatmap, attention, edges = (
             maps[0, 0].float().cpu().numpy() for maps in (dense.heatmap.sigmoid(), dense.attention, dense.edges)
         )
-        return View(
+        return PairView(
             name=source.name,
             left=left.permute(1, 2, 0).numpy(),
             right=right.permute(1, 2, 0).numpy(),
@@ -211,7 +211,7 @@ def _windows(images: Tensor, config: ViewConfig, generator: torch.Generator) -> 
     return (relight(left, generator=generator), relight(right, generator=generator)), between
 
 
-class _Source(NamedTuple):
+class _StoredImage(NamedTuple):
     """What the store says of an image that views are made of."""
 
     name: str
@@ -219,5 +219,5 @@ class _Source(NamedTuple):
     edges: np.ndarray
 
     @classmethod
-    def of(cls, store: TeacherCache, image: int) -> _Source:
+    def of(cls, store: TeacherCache, image: int) -> _StoredImage:
         return cls(store.names[image], store.provenance.teacher["name"], store[image].edges)

@@ -27,8 +27,8 @@ from samfeat.pipelines.config import Config, DataConfig, load_config
 from samfeat.pipelines.train import State, new_state, train_step
 from samfeat.pipelines.training.batches import (
     PREFETCHED,
+    BatchPart,
     Item,
-    Part,
     RawBatch,
     item_generators,
     make_batch,
@@ -79,13 +79,13 @@ def make_states(device: str, *, compiled: bool) -> dict[str, State]:
     return states
 
 
-def request(source: FromDisk, number: int, part: Part, memory: Targets | None = None) -> Callable[[], RawBatch]:
+def request(source: FromDisk, number: int, part: BatchPart, memory: Targets | None = None) -> Callable[[], RawBatch]:
     """What reads a batch."""
     items = [Item(0, "synthetic", k) for k in range(part.total)]
     return partial(read_batch, source, items, DataConfig(), item_generators(0, number, part), memory)
 
 
-def share_of_waiting(state: State, store: TeacherCache, part: Part, count: int) -> float:
+def share_of_waiting(state: State, store: TeacherCache, part: BatchPart, count: int) -> float:
     """The share of time that a step waits for the trainer's own loader."""
     memory = batch_memory(store, 2 * part.total, PREFETCHED + 2)
     batches = read_ahead((request(FromDisk([store]), k, part, next(memory)) for k in range(count)), 1)
@@ -148,7 +148,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="compiled variants as well")
     parser.add_argument("--out", type=Path, default=Path("bench/step.md"))
     options = parser.parse_args()
-    device, part = torch.device(options.device), Part(0, options.items, options.items)
+    device, part = torch.device(options.device), BatchPart(0, options.items, options.items)
     states = make_states(options.device, compiled=options.compile)
     guided = [name for name in states if "without" not in name and "plain" not in name]
     times: dict[str, list[float]] = {name: [] for name in states}

@@ -32,8 +32,8 @@ import zarr
 from samfeat.pipelines.config import DataConfig
 from samfeat.pipelines.training.batches import (
     PREFETCHED,
+    BatchPart,
     Item,
-    Part,
     epoch_batches,
     item_generators,
     read_ahead,
@@ -319,7 +319,7 @@ def loader(store: TeacherCache, workers: int, seed: int) -> tuple[float, float]:
     items = [Item(0, "synthetic", image) for image in range(len(store))]
     chosen = [part for epoch in range(4) for part in epoch_batches(items, BATCH, epoch, seed)]
     memory = batch_memory(store, BATCH, max(PREFETCHED, workers) + 2)
-    rngs = item_generators(seed, 0, Part(0, BATCH, BATCH))
+    rngs = item_generators(seed, 0, BatchPart(0, BATCH, BATCH))
     requests = [partial(read_batch, FromDisk([store]), part, DataConfig(), rngs, next(memory)) for part in chosen]
     wall, busy = time.perf_counter(), time.process_time()
     count = sum(len(raw.images) for raw in read_ahead(requests, workers))
