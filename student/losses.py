@@ -173,8 +173,15 @@ def peak_detection_loss(
         certainty and position.
     """
     logits = widen(logits[:, 0])
-    batch, height, width = logits.shape
     mask = mask.to(logits.dtype)
+    certainty = _certainty(logits, keypoints, mask, positive_weight)
+    everywhere = torch.ones_like(certainty, dtype=torch.bool)
+    return reduction(certainty, everywhere), _position(logits, keypoints, mask, radius, reduction)
+
+
+def _certainty(logits: Tensor, keypoints: Tensor, mask: Tensor, positive_weight: float) -> Float[Tensor, " b"]:
+    """The first term of :func:`peak_detection_loss`."""
+    batch, height, width = logits.shape
     corner = keypoints[..., :2].floor()
     share = keypoints[..., :2] - corner
     column, row = corner.long().unbind(-1)
@@ -199,8 +206,13 @@ def peak_detection_loss(
     positive = (weights * F.softplus(-flat)).sum(1)
     negative = ((1 - labels) * seen * F.softplus(flat)).sum(1) / positive_weight
     amount = weights.sum(1)
-    certainty = (positive + negative) / torch.maximum(amount, seen.sum(1) / 1000).clamp(min=1)
+    return (positive + negative) / torch.maximum(amount, seen.sum(1) / 1000).clamp(min=1)
 
+
+def _position(logits: Tensor, keypoints: Tensor, mask: Tensor, radius: int, reduction: Reduction) -> Float[Tensor, ""]:
+    """The second term of :func:`peak_detection_loss`."""
+    height, width = logits.shape[1:]
+    flat, seen = logits.flatten(1), mask.flatten(1)
     x, y = keypoints[..., :2].round().long().unbind(-1)
     inside = (x >= radius) & (y >= radius) & (x < width - radius) & (y < height - radius)
     x, y = x.clamp(radius, width - 1 - radius), y.clamp(radius, height - 1 - radius)
@@ -210,9 +222,8 @@ def peak_detection_loss(
     from_x = (keypoints[..., 0, None] - x[..., None] - steps).abs()
     from_y = (keypoints[..., 1, None] - y[..., None] - steps).abs()
     wanted = ((1 - from_y).clamp(min=0)[..., :, None] * (1 - from_x).clamp(min=0)[..., None, :]).flatten(2)
-    usable = scores * inside * seen.gather(1, window.flatten(1)).view(window.shape).amin(2)
-    position = masked_mean(-(wanted * around).sum(2), usable, reduction)
-    return reduction(certainty, torch.ones_like(certainty, dtype=torch.bool)), position
+    usable = keypoints[..., 2] * inside * seen.gather(1, window.flatten(1)).view(window.shape).amin(2)
+    return masked_mean(-(wanted * around).sum(2), usable, reduction)
 
 
 def excluded_negatives(

@@ -74,16 +74,7 @@ def losses(
         terms["distillation"] = distillation_loss(descriptors, batch.taught, valid, reduction=reduction)
 
     if config.relation:
-        if config.relation_form == "features":
-            relation = feature_distillation_loss(
-                output.distilled, batch.embedding, valid=batch.supervised, reduction=reduction
-            )
-        else:
-            weights = output.attention if config.relation_form == "eq8" else None
-            relation = relation_loss(
-                output.distilled, batch.embedding, attention=weights, valid=batch.supervised, reduction=reduction
-            )
-        terms["relation"] = relation
+        terms["relation"] = _relation(output, batch, config, reduction)
     if config.edge:
         terms["edge"] = edge_loss(
             output.edges,
@@ -144,6 +135,14 @@ def _descriptor(
         margin=config.descriptor_margin,
         reduction=reduction,
     )
+
+
+def _relation(output: DenseOutput, batch: Batch, config: LossConfig, reduction: Reduction) -> Tensor:
+    features, targets, valid = output.distilled, batch.embedding, batch.supervised
+    if config.relation_form == "features":
+        return feature_distillation_loss(features, targets, valid=valid, reduction=reduction)
+    weights = output.attention if config.relation_form == "eq8" else None
+    return relation_loss(features, targets, attention=weights, valid=valid, reduction=reduction)
 
 
 def _detection(
