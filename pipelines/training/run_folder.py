@@ -14,25 +14,27 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from omegaconf import OmegaConf
-from torch.utils.tensorboard import SummaryWriter
 from upath import UPath
 
 from samfeat.pipelines.config import Config
 from samfeat.pipelines.files import write_bytes
 from samfeat.pipelines.training.batches import RawBatch
 from samfeat.pipelines.training.checkpoint import load_state, save_state
-from samfeat.pipelines.training.report import RunReport, forget_after
-from samfeat.pipelines.training.validation import PairView
 from samfeat.student.export import save_weights
 from samfeat.student.extractor import EXTRACTION_PRESETS
 from samfeat.student.network import SAMFeatNetwork
 from samfeat.teacher_cache.schema import package_versions
 from samfeat.teacher_cache.store import TeacherCache
 from samfeat.teacher_cache.store.lock import lock_store
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+    from samfeat.pipelines.training.validation import PairView
 
 RECORDED = ("samfeat", "torch", "lightning-fabric", "zarr", "numpy", "opencv-python", "kornia")
 
@@ -50,6 +52,8 @@ class RunFolder:
     """
 
     def __init__(self, path: Path, config: Config, stores: Sequence[TeacherCache], *, overfit: bool) -> None:
+        from samfeat.pipelines.training.report import RunReport  # drawing is loaded when something is to be drawn
+
         self.path, self._config, self._stores = path, config, stores
         self._identity = {
             "config": config.to_dict(),
@@ -90,6 +94,10 @@ class RunFolder:
 
     def begin(self, step: int, *, new: bool) -> None:
         """Create the folder, or remove what was recorded after ``step``."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        from samfeat.pipelines.training.report import forget_after
+
         self.path.mkdir(parents=True, exist_ok=True)
         if new:
             OmegaConf.save(OmegaConf.structured(self._config), self.path / "config.yaml")
