@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from toys import LABELS, SIZE, ToySource, ToyTeacher
 
 from samfeat.pipelines.build_cache import build_cache
+from samfeat.teacher_cache.schema import Provenance
 from samfeat.teacher_cache.store import TeacherCache
 from samfeat.teacher_cache.teachers import make_teacher, teacher_of, unfetched
 from samfeat.teacher_cache.teachers.classical import ClassicalTeacher
@@ -50,6 +53,19 @@ def test_a_store_of_two_teachers_says_so(tmp_path):
     assert store.provenance.teacher["embedding"] == ToyTeacher().provenance()
     assert ClassicalTeacher.rebuild(store.provenance.teacher["edges"]) == ClassicalTeacher()
     assert teacher_of(store.provenance) is None  # inspect-cache --verify says that nothing was recomputed
+
+
+def test_a_store_of_known_teachers_is_recomputed(tmp_path):
+    parts = CombinedTeacher.of([ClassicalTeacher(seed=1), ClassicalTeacher()])
+    build_cache(tmp_path / "a.zarr", ToySource(3), parts, labels=LABELS)
+    provenance = TeacherCache.open(tmp_path / "a.zarr").provenance
+    again = teacher_of(provenance)
+    assert again == parts
+    assert again.parts[1] is again.parts[2]
+    other = json.loads(json.dumps(provenance.teacher))
+    other["groups"]["version"] = 0
+    with pytest.raises(ValueError, match=r"groups.version"):
+        teacher_of(Provenance(other, {}, {}, 0))
 
 
 def test_what_cannot_be_combined_is_refused_in_one_line(tmp_path):

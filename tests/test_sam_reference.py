@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 import cv2
@@ -15,10 +16,18 @@ from segment_anything.modeling import Sam
 from segment_anything.utils.amg import batched_mask_to_box, build_point_grid
 from torchvision.ops import nms
 
-from samfeat.teacher_cache.schema import TeacherOutput
+from samfeat.teacher_cache.schema import Provenance, TeacherOutput
+from samfeat.teacher_cache.teachers import make_teacher, teacher_of
 from samfeat.teacher_cache.teachers.edges import edge_map
 from samfeat.teacher_cache.teachers.sam import SamTeacher
 
+FEW_PROMPTS = {
+    "points_per_side": 4,
+    "pred_iou_thresh": 0.0,
+    "stability_score_thresh": 0.0,
+    "box_nms_thresh": 0.9,
+    "edge_points_per_side": 3,
+}
 TIE = 1e-5  # a score this close to its threshold may fall on either side
 
 
@@ -117,6 +126,29 @@ def test_the_toy_sam_teaches_what_the_original_says(
         edge_points_per_side=5,
     )
     print(seen)
+
+
+def test_mobile_sam_teaches_what_the_original_says(tmp_path: Path) -> None:
+    build = pytest.importorskip("mobile_sam.build_sam", reason="pip install 'samfeat[mobile-sam]'").build_sam_vit_t
+    torch.manual_seed(3)
+    sam = build().eval()
+    with torch.no_grad():
+        for layer in (sam.mask_decoder.output_upscaling[0], sam.mask_decoder.output_upscaling[3]):
+            layer.weight.copy_(layer.weight.mean((2, 3), keepdim=True).expand_as(layer.weight) * 6)  # smooth masks
+    torch.save(sam.state_dict(), tmp_path / "random.pt")
+    teacher = make_teacher("mobile_sam", checkpoint=tmp_path / "random.pt", device="cpu", options=FEW_PROMPTS)
+    image = cv2.GaussianBlur(photograph(2, (150, 200)), (0, 0), 1)
+    expected = plain(sam, image, **FEW_PROMPTS)
+    (output,) = teacher(image[None])
+    rows, columns = output.embedding.shape[1:]
+    assert teacher.embedding_shape((150, 200)) == (256, 48, 64) == output.embedding.shape
+    whole = expected.embedding[:, :rows, :columns]
+    assert np.abs(output.embedding - whole).max() <= 1e-5 * np.abs(whole).max()
+    assert (np.abs(output.edges.astype(int) - expected.edges) > 1).mean() <= 1e-4
+    assert len(matched(output, expected.records, **FEW_PROMPTS)) >= 1
+    again = teacher_of(Provenance(teacher.provenance(), {}, {}, 0), checkpoint=tmp_path / "random.pt")
+    (repeated,) = again(image[None])
+    np.testing.assert_array_equal(repeated.embedding, output.embedding)
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ TEACHERS = {
     "classical": "samfeat.teacher_cache.teachers.classical:ClassicalTeacher",
     "hed": "samfeat.teacher_cache.teachers.hed:HedTeacher",
     "aliked": "samfeat.teacher_cache.teachers.aliked:AlikedTeacher",
+    "mobile_sam": "samfeat.teacher_cache.teachers.mobile_sam:MobileSamTeacher",
     "sam_vit_h": "samfeat.teacher_cache.teachers.sam:SamVitH",
     "sam_vit_l": "samfeat.teacher_cache.teachers.sam:SamVitL",
     "sam_vit_b": "samfeat.teacher_cache.teachers.sam:SamVitB",
@@ -86,16 +87,36 @@ def unfetched(name: str, *, checkpoint: Path | None, downloads: Path) -> str:
 def teacher_of(provenance: Provenance, *, checkpoint: Path | None = None) -> Teacher | None:
     """Rebuild the teacher that made a store, with the same parameters; None if the arguments are not sufficient.
 
+    Args:
+        provenance: of the store.
+        checkpoint: weights of the teacher, or of the one part of a combined teacher that needs them.
+
     Raises:
         ValueError: the checkpoint, or the version of the teacher, is different.
     """
-    described = dict(provenance.teacher)
-    members = (load_member("teacher", name, TEACHERS) for name in TEACHERS)
-    member = next((member for member in members if member.name == described.get("name")), None)
-    teacher = member.rebuild(described, checkpoint=checkpoint) if member else None
+    teacher = _rebuild(provenance.teacher, checkpoint)
     if teacher is not None and (differences := provenance.differences(provenance.taught_by(teacher.provenance()))):
         raise ValueError(f"the store was made by another teacher ({'; '.join(differences)})")
     return teacher
+
+
+def _rebuild(described: Mapping[str, Any], checkpoint: Path | None) -> Teacher | None:
+    if "+" in str(described.get("name")):
+        from samfeat.teacher_cache.teachers.combined import OUTPUTS, CombinedTeacher
+
+        made: list[tuple[Mapping[str, Any], Teacher]] = []  # equal parts are one teacher, which runs once
+        parts: list[Teacher] = []
+        for part in (described[what] for what in OUTPUTS):
+            known = next((teacher for other, teacher in made if other == part), None)
+            teacher = known or _rebuild(part, None) or _rebuild(part, checkpoint)
+            if teacher is None:
+                return None
+            made.append((part, teacher))
+            parts.append(teacher)
+        return CombinedTeacher((parts[0], parts[1], parts[2]))
+    members = (load_member("teacher", name, TEACHERS) for name in TEACHERS)
+    member = next((member for member in members if member.name == described.get("name")), None)
+    return member.rebuild(described, checkpoint=checkpoint) if member else None
 
 
 def parse_options(words: Sequence[str]) -> dict[str, Any]:

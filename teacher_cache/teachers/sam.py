@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from segment_anything.modeling import Sam
 
     from samfeat.teacher_cache.teachers.sam_decoder import SamDecoder
-    from samfeat.teacher_cache.teachers.sam_encoder import SamEncoder
     from samfeat.teacher_cache.teachers.sam_masks import Found, Frame
 
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -118,7 +117,7 @@ class SamTeacher:
         **parameters: Any,
     ) -> None:
         settings, target = _parameters(parameters), _device(device)
-        sam, digest = load_sam(Path(checkpoint), model=model)
+        sam, digest = self.load(Path(checkpoint), model)
         self._hold(sam, target, model, digest, precision, settings)
         self._recipe = (model, str(Path(checkpoint).resolve()), device, precision, parameters)
 
@@ -145,7 +144,19 @@ class SamTeacher:
         if checkpoint is None:
             return None
         parameters = {entry.name: described[entry.name] for entry in dataclasses.fields(SamParameters)}
-        return SamTeacher(described["model"], checkpoint=checkpoint, precision=described["precision"], **parameters)
+        return cls(described["model"], checkpoint=checkpoint, precision=described["precision"], **parameters)
+
+    @staticmethod
+    def load(path: Path, model: str) -> tuple[Sam, str]:
+        """The network with the weights of a file, on the CPU, and the file's SHA-256; see :func:`load_sam`."""
+        return load_sam(path, model=model)
+
+    @staticmethod
+    def encoder(sam: Sam, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+        """The image encoder on the device of ``sam``: float32 [b, 3, s, s] -> float32 [b, c, h, w]."""
+        from samfeat.teacher_cache.teachers.sam_encoder import SamEncoder
+
+        return SamEncoder(sam.image_encoder, dtype=dtype)
 
     def _hold(
         self,
@@ -164,21 +175,19 @@ class SamTeacher:
         self._sam, self._device = sam.eval(), device
 
     @cached_property
-    def _parts(self) -> tuple[SamEncoder, SamDecoder]:
+    def _parts(self) -> tuple[Callable[[Tensor], Tensor], SamDecoder]:
         """Encoder and decoder on the device, which sees nothing of them before the first image."""
         from samfeat.teacher_cache.teachers.sam_decoder import SamDecoder
-        from samfeat.teacher_cache.teachers.sam_encoder import SamEncoder
 
         sam = self._sam.to(self._device)
         with torch.inference_mode():
-            encoder = SamEncoder(sam.image_encoder, dtype=getattr(torch, self._identity["precision"]))
-            return encoder, SamDecoder(sam)
+            return self.encoder(sam, getattr(torch, self._identity["precision"])), SamDecoder(sam)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A teacher from a checkpoint travels as the way to load it, which has to be there where it arrives."""
         if self._recipe:
-            return _load_again, (self._recipe, self._identity)
-        return _unpack, (self._sam, self._device, *self._identity.values(), self.parameters)
+            return _load_again, (type(self), self._recipe, self._identity)
+        return _unpack, (type(self), self._sam, self._device, *self._identity.values(), self.parameters)
 
     def provenance(self) -> dict[str, Any]:
         """Name, model, digest of the checkpoint, precision of the encoder, and all of :class:`SamParameters`."""
@@ -325,17 +334,17 @@ def _parameters(given: Mapping[str, Any]) -> SamParameters:
     return SamParameters(**given)
 
 
-def _load_again(recipe: tuple[Any, ...], identity: dict[str, str]) -> SamTeacher:
+def _load_again(kind: type[SamTeacher], recipe: tuple[Any, ...], identity: dict[str, str]) -> SamTeacher:
     """The teacher of another process, on this one's device."""
     model, checkpoint, device, precision, parameters = recipe
-    teacher = SamTeacher(model, checkpoint=checkpoint, device=device, precision=precision, **parameters)
+    teacher = kind(model, checkpoint=checkpoint, device=device, precision=precision, **parameters)
     if teacher._identity != identity:
         raise ValueError(f"{checkpoint} makes another teacher here: {teacher._identity} instead of {identity}")
     return teacher
 
 
-def _unpack(*state: Any) -> SamTeacher:
-    teacher = SamTeacher.__new__(SamTeacher)
+def _unpack(kind: type[SamTeacher], *state: Any) -> SamTeacher:
+    teacher = kind.__new__(kind)
     teacher._hold(*state)
     return teacher
 
