@@ -184,7 +184,8 @@ def damage_hdf5(path: Path, rng: random.Random) -> None:
         lambda: h5py.SoftLink("/"),
     ]
     with h5py.File(path, "r+") as file:
-        names = [name for name in file if isinstance(file[name], h5py.Group)]
+        names: list[str] = []
+        file.visit(lambda name: names.append(name.rpartition("/")[0]) if name.endswith("/keypoints") else None)
         group = file[rng.choice(names)]
         kind = rng.randrange(5)
         if kind == 0:
