@@ -162,7 +162,7 @@ def test_teachers_by_name():
     assert make_teacher("classical").provenance()["name"] == "classical"
     with pytest.raises(ValueError, match="has no option 'checkpoint'"):
         make_teacher("classical", checkpoint="sam.pth")
-    with pytest.raises(ValueError, match="choose one of classical, hed, aliked, mobile_sam, sam_vit_h"):
+    with pytest.raises(ValueError, match="choose one of classical, hed, aliked, dinov2, mobile_sam, sam_vit_h"):
         make_teacher("dino")
     with pytest.raises(FileNotFoundError, match=r"absent\.pth"):
         make_teacher("sam_vit_b", checkpoint="absent.pth")

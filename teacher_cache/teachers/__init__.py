@@ -17,6 +17,7 @@ TEACHERS = {
     "classical": "samfeat.teacher_cache.teachers.classical:ClassicalTeacher",
     "hed": "samfeat.teacher_cache.teachers.hed:HedTeacher",
     "aliked": "samfeat.teacher_cache.teachers.aliked:AlikedTeacher",
+    "dinov2": "samfeat.teacher_cache.teachers.dinov2:DinoV2Teacher",
     "mobile_sam": "samfeat.teacher_cache.teachers.mobile_sam:MobileSamTeacher",
     "sam_vit_h": "samfeat.teacher_cache.teachers.sam:SamVitH",
     "sam_vit_l": "samfeat.teacher_cache.teachers.sam:SamVitL",
