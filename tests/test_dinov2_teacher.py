@@ -1,4 +1,4 @@
-"""DINOv2's tokens as an embedding, against transformers' conventions for its input and timm's own network."""
+"""DINOv2's tokens as an embedding, against timm's network on images that torchvision prepared."""
 
 from __future__ import annotations
 
@@ -64,11 +64,11 @@ def test_the_embedding_is_the_networks_own_patch_tokens(network, tmp_path):
 
 
 def test_other_weights_are_refused_in_one_line(tmp_path):
-    with pytest.raises(ValueError, match="give --checkpoint dinov2_vits14_pretrain.pth"):
+    with pytest.raises(ValueError, match="give --checkpoint dinov2_vits14_pretrain"):
         make_teacher("dinov2")
     for number, tensors in enumerate(({}, {"cls_token": torch.zeros(1, 1, 77)}, {"cls_token": torch.zeros(1, 1, 384)})):
         torch.save(tensors, tmp_path / f"{number}.pth")
-        with pytest.raises(ValueError, match=r"\.pth does not hold weights of DINOv2") as error:
+        with pytest.raises(ValueError, match=r"\.pth does not hold DINOv2's weights") as error:
             make_teacher("dinov2", checkpoint=tmp_path / f"{number}.pth")
         assert "\n" not in str(error.value)
 

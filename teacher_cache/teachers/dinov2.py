@@ -50,9 +50,7 @@ def load_dinov2(path: Path) -> torch.nn.Module:
         network = timm.create_model(f"vit_{size}_patch14{registers}_dinov2", num_classes=0, dynamic_img_size=True)
         network.load_state_dict(checkpoint_filter_fn(tensors, network))
     except (KeyError, AttributeError, IndexError, TypeError, RuntimeError, ValueError):
-        raise ValueError(
-            f"{path} does not hold weights of DINOv2: give its authors' file, such as {RELEASED}"
-        ) from None
+        raise ValueError(f"{path} does not hold DINOv2's weights: give its authors' file, such as {RELEASED}") from None
     return network.eval()
 
 
@@ -108,8 +106,8 @@ class DinoV2Teacher:
 
     def embedding_shape(self, image_size: tuple[int, int]) -> tuple[int, int, int]:
         """(C, h, w): 37 cells along the longer side of ``image_size`` = (height, width), the other in proportion."""
-        cells = (max(1, round(LONG_SIDE / PATCH * side / max(image_size))) for side in image_size)
-        return (self.network.embed_dim, *cells)  # type: ignore[return-value]  # mypy does not count a generator
+        rows, columns = (max(1, round(LONG_SIDE / PATCH * side / max(image_size))) for side in image_size)
+        return self.network.embed_dim, rows, columns
 
     def __call__(self, images: np.ndarray) -> list[TeacherOutput]:
         """The targets of ``images``, uint8 [B, H, W, 3] in RGB.
