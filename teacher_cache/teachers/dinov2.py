@@ -47,7 +47,7 @@ def load_dinov2(path: Path) -> torch.nn.Module:
     try:
         size = SIZES[tensors["cls_token"].shape[-1]]
         registers = "_reg4" if "register_tokens" in tensors else ""
-        network = timm.create_model(f"vit_{size}_patch14{registers}_dinov2", num_classes=0, dynamic_img_size=True)
+        network: Any = timm.create_model(f"vit_{size}_patch14{registers}_dinov2", num_classes=0, dynamic_img_size=True)
         network.load_state_dict(checkpoint_filter_fn(tensors, network))
     except (KeyError, AttributeError, IndexError, TypeError, RuntimeError, ValueError):
         raise ValueError(f"{path} does not hold DINOv2's weights: give its authors' file, such as {RELEASED}") from None
