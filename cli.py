@@ -813,7 +813,7 @@ def speed(
     compiled: Annotated[bool, typer.Option("--compile", help="Measure torch.compile as well.")] = False,
     device: DeviceOption = Device.auto,
 ) -> None:
-    """Time SAMFeat, full and slim, in every precision the device is fast in, next to SIFT, ORB and other methods."""
+    """Time the students that ship, in every precision the device is fast in, next to SIFT, ORB and other methods."""
     must_exist(weights, peers)
     check_outputs([out], [weights, peers])
     if out.suffix != ".md":
@@ -822,20 +822,12 @@ def speed(
     from samfeat.pipelines.features.protocol import choose_device
     from samfeat.pipelines.speed import benchmark_speed, other_methods, parse_size, table
     from samfeat.student.extractor import SAMFeat
-    from samfeat.student.network import SAMFeatNetwork, network_preset
+    from samfeat.student.weights import SHIPPED
 
     pixels, where = parse_size(size), choose_device(device.value)
-    models = {
-        name: SAMFeat(
-            preset,
-            network=SAMFeatNetwork(network_preset(preset)),
-            max_keypoints=max_keypoints,
-            detection_threshold=0.0,
-        )
-        for name, preset in (("SAMFeat", "default"), ("SAMFeat slim", "slim"))
-    }
+    models = {name: SAMFeat.from_pretrained(name, max_keypoints=max_keypoints) for name in SHIPPED}
     if weights:
-        models["SAMFeat"] = SAMFeat.from_pretrained(weights, max_keypoints=max_keypoints)
+        models[Path(weights).stem] = SAMFeat.from_pretrained(weights, max_keypoints=max_keypoints)
     with progress_bar("timing") as bar:
         found = benchmark_speed(
             out,

@@ -91,7 +91,7 @@ def test_command(tmp_path):
     options = ["--size", "64x96", "--repeats", "1", "--max-keypoints", "30", "--device", "cpu", "--threads", "1"]
     done = CliRunner().invoke(app, ["benchmark", "speed", "--out", str(tmp_path / "s.md"), *options])
     assert done.exit_code == 0, done.output
-    assert "SAMFeat slim fp32, features" in done.output
+    assert "samfeat-slim fp32, features" in done.output
     assert "sift, features" in (tmp_path / "s.md").read_text()
     wrong = CliRunner().invoke(app, ["benchmark", "speed", "--size", "480"])
     assert wrong.exit_code == 2

@@ -40,13 +40,14 @@ def test_the_default_is_the_student_that_ships(no_network):
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("name", SHIPPED)
 @pytest.mark.parametrize("degrees", [0, 25])
-def test_it_finds_a_photograph_again_through_a_homography(degrees):
+def test_it_finds_a_photograph_again_through_a_homography(name, degrees):
     image = data.astronaut()
     turn = np.vstack([cv2.getRotationMatrix2D((256, 256), degrees, 0.85), [0, 0, 1]])
     homography = turn @ np.array([[1, 0.05, 4], [0.02, 0.95, 6], [1e-4, 5e-5, 1]])
     warped = cv2.warpPerspective(image, homography, (512, 512), flags=cv2.INTER_AREA)
-    student = SAMFeat.from_pretrained(max_keypoints=1024)
+    student = SAMFeat.from_pretrained(name, max_keypoints=1024)
     one, other = student.extract(image), student.extract(warped)
     pairs = match(one, other)["matches"]
     points = one["keypoints"][pairs[:, 0]].numpy()[None].astype(np.float64)

@@ -1,6 +1,7 @@
 """The evaluations of the paper, one file each: matching, pose, reconstruction, localisation, edges.
 
-Another one from outside is named ``module:Class``, see :class:`samfeat.pipelines.evaluation.protocol.Evaluation`.
+Evaluations outside the package are named ``module:Class``, see
+:class:`samfeat.pipelines.evaluation.protocol.Evaluation`.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ EVALUATIONS = {
 
 
 def find_evaluation(name: str, **options: Any) -> Evaluation[Any, Any]:
-    """An evaluation by its name in ``EVALUATIONS``, or as ``module:Class``.
+    """Make an evaluation, by its name in ``EVALUATIONS`` or as ``module:Class``.
 
     Args:
         name: which one.
-        **options: fields of it that differ from their defaults.
+        **options: fields of the evaluation to set.
 
     Raises:
-        ValueError: there is none of that name, or it has no such option.
+        ValueError: unknown name or option.
     """
     path = EVALUATIONS.get(name, name)
     module, _, attribute = path.partition(":")

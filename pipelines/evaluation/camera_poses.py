@@ -1,4 +1,4 @@
-"""Cameras with known poses, and how far estimated poses are from them.
+"""Cameras with known poses, and the errors of estimated ones.
 
 A pose takes world to camera: ``x_camera = rotation @ x_world + translation``, z forward, x right, y down.
 """
@@ -17,7 +17,7 @@ CAMERA_FILES = "cameras*.json"
 
 
 class Pose(NamedTuple):
-    """Where a camera is.
+    """Pose of a camera.
 
     Attributes:
         rotation: float64 [3, 3], world to camera.
@@ -39,7 +39,7 @@ class PosedCamera(NamedTuple):
     Attributes:
         matrix: float64 [3, 3], calibration in pixels, (0, 0) being the centre of the top-left pixel; no skew.
         size: (height, width).
-        pose: where it is.
+        pose: its pose.
     """
 
     matrix: np.ndarray
@@ -48,10 +48,10 @@ class PosedCamera(NamedTuple):
 
 
 class PoseErrors(NamedTuple):
-    """How far cameras are from the truth.
+    """Errors of estimated cameras.
 
     Attributes:
-        centres: float64 [N], distances in units of the truth.
+        centres: float64 [N], distances between true and estimated centres, in the units of the ground truth.
         rotations: float64 [N], angles in degrees.
     """
 
@@ -60,12 +60,12 @@ class PoseErrors(NamedTuple):
 
 
 def read_cameras(folder: str | Path) -> dict[str, PosedCamera] | None:
-    """True cameras by image name from the ``cameras*.json`` of a folder; None where there is no such file.
+    """Read the ground-truth cameras, by image name, from the ``cameras*.json`` of a folder; None if there is none.
 
-    The file holds by image name ``K`` [3, 3], ``R_w2c`` [3, 3], ``t_w2c`` [3] and ``size`` [width, height].
+    The file maps each image name to ``K`` [3, 3], ``R_w2c`` [3, 3], ``t_w2c`` [3] and ``size`` [width, height].
 
     Raises:
-        ValueError: several such files, or not that content.
+        ValueError: several such files, or other content.
     """
     found = sorted(Path(folder).glob(CAMERA_FILES))
     if not found:
@@ -92,19 +92,19 @@ def _camera(values: Mapping[str, Any]) -> PosedCamera:
 
 
 def _nearest_rotation(matrix: np.ndarray) -> np.ndarray:
-    """Files round: what they hold is orthonormal to a few digits only."""
+    """The nearest rotation matrix: files hold rounded values that are orthonormal to a few digits only."""
     left, _, right = np.linalg.svd(matrix)
     return left @ right
 
 
 def rotation_angle(first: np.ndarray, second: np.ndarray) -> float:
-    """Angle in degrees between two rotations [3, 3]; exact for small ones too, where the arc cosine is not."""
+    """Angle in degrees between two rotations [3, 3]; accurate for small angles too, unlike the arc cosine."""
     chord = float(np.linalg.norm(np.asarray(first) - np.asarray(second))) / np.sqrt(8)
     return float(np.degrees(2 * np.arcsin(min(chord, 1.0))))
 
 
 def pose_errors(estimated: Sequence[Pose], truth: Sequence[Pose]) -> PoseErrors:
-    """Errors of poses given in the world of the truth, one by one."""
+    """Errors of poses in the coordinate frame of the ground truth."""
     pairs = list(zip(estimated, truth, strict=True))
     return PoseErrors(
         np.array([np.linalg.norm(a.centre - b.centre) for a, b in pairs]),
@@ -113,11 +113,11 @@ def pose_errors(estimated: Sequence[Pose], truth: Sequence[Pose]) -> PoseErrors:
 
 
 def aligned_errors(estimated: Sequence[Pose], truth: Sequence[Pose]) -> PoseErrors | None:
-    """Errors of poses given in a world of their own, as a reconstruction gives them; None where :func:`align` gives it.
+    """Errors of poses in a frame of their own, such as a reconstruction's; None if :func:`align` fails.
 
-    Centres are measured after :func:`align`. Rotations are measured after the one rotation between the worlds that fits
-    the rotations best (mean in the chordal metric): the one that fits the centres is hardly determined about the line
-    that many cameras stand on.
+    Centres are measured after :func:`align`. Rotations are measured after the rotation between the frames that best
+    fits the rotations themselves (chordal mean): the one that fits the centres is poorly determined if the cameras
+    stand nearly on a line.
     """
     from scipy.spatial.transform import Rotation
 
@@ -131,10 +131,11 @@ def aligned_errors(estimated: Sequence[Pose], truth: Sequence[Pose]) -> PoseErro
 
 
 def align(estimated: Sequence[Pose], truth: Sequence[Pose]) -> list[Pose] | None:
-    """Estimated poses in the world of the truth: by the similarity between the centres in least squares (Umeyama 1991).
+    """Estimated poses in the frame of the ground truth, by the least-squares similarity between the centres (Umeyama
+    1991).
 
-    All cameras count alike, so that a wrong one costs the others too. None where the centres (fewer than three, or on a
-    line) fix no similarity.
+    All cameras weigh the same, so one wrong camera affects the others. None if the centres determine no similarity
+    (fewer than three, or collinear).
     """
     import pycolmap
 
@@ -154,10 +155,10 @@ def align(estimated: Sequence[Pose], truth: Sequence[Pose]) -> list[Pose] | None
 
 
 def relative_pose_errors(estimated: Mapping[str, Pose], truth: Mapping[str, Pose]) -> np.ndarray:
-    """float64 [N (N - 1) / 2]: error in degrees of the relative pose of every two cameras of the truth.
+    """float64 [N (N - 1) / 2]: relative pose error, in degrees, of every pair of ground-truth cameras.
 
-    It is the larger of two angles, between the relative rotations and between the directions of the relative
-    translations; infinite where one of the cameras has no estimate. No alignment is needed.
+    The larger of the angles between the relative rotations and between the directions of the relative translations;
+    infinite if one of the cameras has no estimate. Needs no alignment.
     """
     errors = []
     for first, second in combinations(truth, 2):

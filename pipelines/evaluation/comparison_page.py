@@ -1,4 +1,4 @@
-"""One page of evaluations: tables, figures, and the methods' pictures side by side, in a single file."""
+"""A self-contained page of evaluations: tables, figures, and the pictures of all methods side by side."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ PICTURE_SIDE = 1400  # pixels, the most of a picture's longer side
 
 
 class _Group(NamedTuple):
-    """Pictures of one kind, one per method."""
+    """One picture per method, all of the same kind."""
 
     name: str
     pictures: list[Picture]
 
 
 class _Section(NamedTuple):
-    """An evaluation as the template takes it."""
+    """An evaluation, as passed to the template."""
 
     title: str
     folder: str
@@ -38,10 +38,10 @@ class _Section(NamedTuple):
 
 
 def write_comparison_page(path: str | Path, folders: Sequence[str | Path]) -> Path:
-    """Writes a page of what evaluations left in their folders.
+    """Write one page for the results in evaluation folders.
 
     Args:
-        path: HTML file to write, whole or not at all.
+        path: HTML file, written atomically.
         folders: evaluation folders, each with a ``table.json``, figures, and a folder for every method.
 
     Returns:
@@ -96,7 +96,7 @@ def _part(folder: Path) -> _Section:
 
 
 def _pictures(method: Path) -> list[Path]:
-    """A method's pictures, not its predictions, which are images as well where edges are evaluated."""
+    """Pictures of a method, without its predictions, which are images too when edges are evaluated."""
     return [png for png in method.rglob("*.png") if png.relative_to(method).parts[0] != "edges"]
 
 

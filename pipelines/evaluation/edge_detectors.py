@@ -1,4 +1,4 @@
-"""Edge detectors by name: what the student learned, OpenCV's Canny, and the teachers."""
+"""Edge detectors by name: the student, OpenCV's Canny, and the teachers."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class EdgeDetector:
 
     Attributes:
         name: short name.
-        config: JSON values that identify the detector and all that its maps depend on.
+        config: JSON values that identify the detector and everything its maps depend on.
         detect: the function itself.
-        thinned: its lines are one pixel wide already.
+        thinned: whether its lines are already one pixel wide.
     """
 
     name: str
@@ -38,13 +38,13 @@ class EdgeDetector:
 
 
 def load_detector(name: str, *, weights: str | Path | None = None, device: str = "auto") -> EdgeDetector:
-    """An edge detector by its name.
+    """Load an edge detector by name.
 
     Args:
         name: ``samfeat`` (the edge map that the network learned), ``canny`` (OpenCV's; the strength of a pixel is the
             highest threshold at which it belongs to an edge), or a teacher, as for ``samfeat-cli teacher-cache``.
         weights: weights of ``samfeat`` (the student that ships where None), checkpoint of a SAM teacher.
-        device: where they run: ``cpu``, ``cuda``, or ``auto``, which takes a GPU where there is one.
+        device: ``cpu``, ``cuda``, or ``auto`` for a GPU if there is one.
 
     Raises:
         ValueError: unknown name, or weights missing, superfluous or damaged.

@@ -1,4 +1,4 @@
-"""Edge maps against boundaries that people drew: ODS, OIS and AP as the Berkeley benchmark (BSDS500) measures them.
+"""Edge maps against human boundaries: ODS, OIS and AP as in the Berkeley benchmark (BSDS500).
 
 Arbelaez, Maire, Fowlkes, Malik, "Contour Detection and Hierarchical Image Segmentation", PAMI 2011. An edge map is
 thinned and cut at 99 thresholds. At each of them its pixels are assigned one to one to those of every person's
@@ -47,12 +47,12 @@ GALLERY = 4  # photographs in the gallery
 
 
 class Counts(NamedTuple):
-    """Pixels of one image at the thresholds 1/100 to 99/100, int64 [99] each.
+    """Pixel counts of one image at the thresholds 1/100 to 99/100, int64 [99] each.
 
     Attributes:
-        found: boundary pixels, of all people together, that an edge pixel is assigned to.
-        drawn: boundary pixels of all people together, the same at each threshold.
-        right: edge pixels that are assigned for at least one person.
+        found: boundary pixels, over all annotators, that have an edge pixel assigned.
+        drawn: boundary pixels over all annotators, the same at each threshold.
+        right: edge pixels assigned for at least one annotator.
         edges: edge pixels.
     """
 
@@ -63,15 +63,15 @@ class Counts(NamedTuple):
 
 
 def count(strength: np.ndarray, boundaries: Sequence[np.ndarray], *, tolerance: float = TOLERANCE) -> Counts:
-    """Compares a thinned edge map with the boundaries that each person drew.
+    """Compare a thinned edge map with the boundaries of every annotator.
 
     Args:
         strength: [H, W] in [0, 1].
-        boundaries: one [H, W] a person, not 0 on the boundaries.
+        boundaries: one [H, W] per annotator, non-zero on boundaries.
         tolerance: largest distance of an assignment, in lengths of the diagonal.
 
     Raises:
-        ValueError: nobody drew anything, or sizes that do not agree.
+        ValueError: no boundaries, or sizes that differ.
     """
     if not boundaries or any(drawn.shape != strength.shape for drawn in boundaries):
         shapes = [drawn.shape for drawn in boundaries]
@@ -92,7 +92,7 @@ def count(strength: np.ndarray, boundaries: Sequence[np.ndarray], *, tolerance: 
 
 
 def _at_least(histogram: np.ndarray) -> np.ndarray:
-    """How many lie at each of the levels 1 to 99, or above."""
+    """Number of values at or above each of the levels 1 to 99."""
     return histogram[::-1].cumsum()[::-1][1:]
 
 
@@ -104,9 +104,9 @@ def _assign(pixels: np.ndarray, ranks: np.ndarray, drawn: np.ndarray, reach: flo
     if len(near) == 0:
         return np.zeros(0, int)
     rows, row = np.unique(near["i"], return_inverse=True)
-    own = np.arange(len(rows))  # every pixel may also stay alone, in a column of its own
+    own = np.arange(len(rows))  # a column per pixel, so that it may stay unassigned
     gain = 1 + ranks[near["i"]] / LEVELS - 1e-6 * near["v"] / reach
-    costs = np.concatenate([3 - gain, np.full(len(rows), 3.0)])  # positive, since 0 is no entry of a sparse matrix
+    costs = np.concatenate([3 - gain, np.full(len(rows), 3.0)])  # positive, since a sparse matrix drops zeros
     columns = np.concatenate([near["j"], len(drawn) + own])
     graph = coo_array((costs, (np.concatenate([row, own]), columns)), shape=(len(rows), len(drawn) + len(rows)))
     chosen_rows, chosen_columns = min_weight_full_bipartite_matching(graph.tocsr())
@@ -132,14 +132,14 @@ class Curve:
 
 @dataclass(frozen=True)
 class Summary:
-    """What the benchmark says of a data set.
+    """Results on a data set.
 
     Attributes:
-        ods: at the best threshold for all images.
-        threshold: that threshold.
-        ois: at the best threshold of each image.
-        ap: area under precision over recall, which is 0 where no threshold reaches.
-        curve: at all thresholds.
+    ods: at the best threshold for all images.
+    threshold: that threshold.
+    ois: at the best threshold of each image.
+    ap: area under the precision-recall curve, with precision 0 at recalls that no threshold reaches.
+    curve: at all thresholds.
     """
 
     ods: Score
@@ -151,11 +151,11 @@ class Summary:
 
 @dataclass(frozen=True, kw_only=True)
 class EdgeResults(Results):
-    """Edge maps against people.
+    """Results of an edge detector.
 
     Attributes:
         tolerance: largest distance of an assignment, in lengths of the diagonal.
-        scipy: version of SciPy, which assigns.
+        scipy: version of SciPy, which computes the assignment.
         summary: over all images.
         images: best F of every image.
     """
@@ -167,7 +167,7 @@ class EdgeResults(Results):
 
 
 def _scores(counts: Counts) -> list[Score]:
-    """At each threshold; 0 where there is nothing to divide by."""
+    """F at each threshold; 0 if precision and recall are 0."""
     recalls = counts.found / np.maximum(counts.drawn, 1)
     precisions = counts.right / np.maximum(counts.edges, 1)
     means = 2 * precisions * recalls / np.maximum(precisions + recalls, 1e-12)
@@ -175,7 +175,7 @@ def _scores(counts: Counts) -> list[Score]:
 
 
 def _best(scores: Sequence[Score]) -> int:
-    """Index of the highest F, the first of equal ones."""
+    """Index of the highest F (the first, if tied)."""
     return int(np.argmax([score.f for score in scores]))
 
 
@@ -199,7 +199,8 @@ def summarise(counts: Sequence[Counts]) -> Summary:
 
 
 def find_photographs(folder: str | Path) -> dict[str, tuple[Path, Path]]:
-    """Photograph and ground truth by name: ``images/**/<name>.jpg`` with ``groundTruth/**/<name>.mat``, as BSDS500 has.
+    """Photographs and their ground truth by name: ``images/**/<name>.jpg`` with ``groundTruth/**/<name>.mat``, as
+    BSDS500 has.
 
     Raises:
         FileNotFoundError: no such folder, or ground truth without its photograph.
@@ -224,7 +225,7 @@ def find_photographs(folder: str | Path) -> dict[str, tuple[Path, Path]]:
 
 
 def read_boundaries(path: str | Path) -> list[np.ndarray]:
-    """bool [H, W] a person: the boundaries in a ground-truth file of BSDS500.
+    """Boundaries in a ground-truth file of BSDS500, one bool [H, W] per annotator.
 
     Raises:
         ValueError: it is another file.
@@ -239,10 +240,10 @@ def read_boundaries(path: str | Path) -> list[np.ndarray]:
 
 @dataclass(frozen=True)
 class Edges(Evaluation[EdgeDetector, EdgeResults]):
-    """Edge maps of photographs against the boundaries that people drew, see :func:`find_photographs`.
+    """Edge maps of photographs against human boundaries, see :func:`find_photographs`.
 
-    Every detector has ``edges/*.png`` (strengths, 255 for 1); ``gallery.png`` shows all of them, half grey at the best
-    threshold.
+    Each detector's maps are stored as ``edges/*.png`` (255 is strength 1); ``gallery.png`` shows them all, mid-grey at
+    the best threshold.
     """
 
     results = EdgeResults
@@ -255,7 +256,7 @@ class Edges(Evaluation[EdgeDetector, EdgeResults]):
     def load_method(
         self, name: str, *, weights: Path | None = None, max_keypoints: int | None = None, device: str = "auto"
     ) -> EdgeDetector:
-        """An edge detector, see :func:`load_detector`; keypoints mean nothing to it.
+        """Load an edge detector, see :func:`load_detector`; it has no keypoints.
 
         Raises:
             ValueError: see :func:`load_detector`; or a number of keypoints.
@@ -265,7 +266,7 @@ class Edges(Evaluation[EdgeDetector, EdgeResults]):
         return load_detector(name, weights=weights, device=device)
 
     def run(self, job: Job[EdgeDetector]) -> EdgeResults:
-        """Detects where no map is stored yet, and counts."""
+        """Detect edges where no map is stored yet, and evaluate."""
         photographs = find_photographs(job.data)
         digest = hashlib.sha256()
         for _, drawn in photographs.values():
@@ -307,7 +308,7 @@ class Edges(Evaluation[EdgeDetector, EdgeResults]):
         return {"edges": precision_recall_chart(curves)}
 
     def draw(self, job: Job[EdgeDetector], found: Sequence[EdgeResults]) -> None:
-        """Writes ``gallery.png``: some photographs, people's boundaries and all methods' maps."""
+        """Write ``gallery.png``: some photographs with human boundaries and the maps of all methods."""
         photographs = find_photographs(job.data)
         names = list(photographs)
         sheet = []
@@ -323,9 +324,8 @@ class Edges(Evaluation[EdgeDetector, EdgeResults]):
 
 
 def _predicted(stored: Path, photograph: Path, method: EdgeDetector, overwrite: bool) -> np.ndarray:
-    """Strengths float32 [H, W] of a photograph, read from ``stored`` or computed and written there.
-
-    The PNG says what made it: ``config``, and ``sha256`` of the photograph's file.
+    """Strengths float32 [H, W] of a photograph, read from ``stored``, or computed and stored there. The PNG records its
+    origin: ``config``, and ``sha256`` of the photograph's file.
     """
     data = photograph.read_bytes()
     digest = hashlib.sha256(data).hexdigest()

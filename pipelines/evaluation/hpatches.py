@@ -1,7 +1,7 @@
 """HPatches image matching by the protocol of D2-Net (Dusmanu et al., CVPR 2019).
 
 Mean matching accuracy MMA(t) is the share of mutual nearest neighbours that the ground-truth homography places within t
-pixels, averaged over image pairs. Any folder of sequences in HPatches' shape will do.
+pixels, averaged over image pairs. Works on any folder of sequences laid out like HPatches.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ TOO_LARGE = frozenset(
 
 
 class PlanarSequence(NamedTuple):
-    """Photographs of one plane.
+    """Images of one plane.
 
     Attributes:
         name: name of the folder.
-        images: path by number, 1 being the reference.
-        homographies: float64 [3, 3] by number from 2 on: pixels of image 1 to pixels of that image.
+        images: paths by number; 1 is the reference.
+        homographies: float64 [3, 3] by number from 2 on: from pixels of image 1 to pixels of that image.
     """
 
     name: str
@@ -52,7 +52,7 @@ class PlanarSequence(NamedTuple):
 
     @property
     def subset(self) -> str | None:
-        """``illumination`` or ``viewpoint`` by the prefix of the name, None without one."""
+        """``illumination`` or ``viewpoint``, by the prefix of the name; None without one."""
         return SUBSETS.get(self.name[:2])
 
 
@@ -115,14 +115,14 @@ class FeatureCounts:
 
 @dataclass(frozen=True)
 class PairScore:
-    """How well two images of a sequence match.
+    """Matching results of an image pair.
 
     Attributes:
         sequence: name of the sequence.
         image: number of the second image; the first is image 1.
         matches: number of mutual nearest neighbours.
-        accuracy: [T], share of the matches within each threshold; 0 without matches.
-        corner_error: of the homography that MAGSAC++ finds, in pixels; None where it finds none.
+        accuracy: [T], share of matches within each threshold; 0 if there are none.
+        corner_error: of the homography estimated by MAGSAC++, in pixels; None if it fails.
     """
 
     sequence: str
@@ -134,7 +134,7 @@ class PairScore:
 
 @dataclass(frozen=True, kw_only=True)
 class HPatchesResults(Results):
-    """Accuracies and areas are shares in [0, 1], by subset: ``all``, and ``illumination``, ``viewpoint`` by name.
+    """Results by subset (``all``, ``illumination``, ``viewpoint``); accuracies and areas lie in [0, 1].
 
     Attributes:
         thresholds: of the accuracies, in pixels.
@@ -171,7 +171,7 @@ class HPatches(Evaluation[Method, HPatchesResults]):
     )
 
     def run(self, job: Job[Method]) -> HPatchesResults:
-        """Matches every image of a sequence with its first one."""
+        """Match every image of each sequence with the first one."""
         sequences = find_sequences(job.data)
         pairs_of = {sequence.name: len(sequence.homographies) for sequence in sequences}
         shared = job.start({"pairs": pairs_of, "homographies_sha256": homographies_sha256(sequences)})
@@ -241,7 +241,7 @@ class HPatches(Evaluation[Method, HPatchesResults]):
 
 
 def _draw(folder: Path, pairs: Sequence[tuple[PlanarSequence, int]], features: Callable[[str], Features]) -> None:
-    """Writes ``matches.png``, matches coloured by error, and ``keypoints.png``, keypoints by score, of some pairs."""
+    """Write ``matches.png`` (coloured by error) and ``keypoints.png`` (coloured by score) for some pairs."""
     matches, keypoints = [], []
     for sequence, number in pairs:
         paths = sequence.images[1], sequence.images[number]
@@ -272,7 +272,7 @@ def _summary(errors: Sequence[np.ndarray], corners: Sequence[float], subsets: Se
 
 
 def homographies_sha256(sequences: Sequence[PlanarSequence]) -> str:
-    """Hex digest of the names and homographies of sequences: what results on the same data share."""
+    """Hex digest of the names and homographies of the sequences, which identifies the data."""
     digest = hashlib.sha256()
     for sequence in sequences:
         for number, homography in sequence.homographies.items():

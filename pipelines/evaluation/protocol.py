@@ -1,7 +1,7 @@
-"""What an evaluation is: the interface of every member of this folder, and what the members have in common.
+"""The interface of an evaluation, and what all evaluations share.
 
-An evaluation has an output folder; every method has a folder in it, with its predictions and ``results.json``. Beside
-them stand the table and the figures of all methods that were evaluated on the same data.
+An evaluation has an output folder; every method has a folder in it, with its predictions and ``results.json``. The
+table and the figures beside them cover all methods evaluated on the same data.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Value = TypeVar("Value")
 
 
 class Named(Protocol):
-    """Whatever can be evaluated: it has a name, and JSON values that identify all that its predictions depend on."""
+    """Anything that can be evaluated: a name, and JSON values that identify everything its predictions depend on."""
 
     @property
     def name(self) -> str:
@@ -50,9 +50,9 @@ class Results:
     """Contents of a method's ``results.json``. Every evaluation adds its own fields.
 
     Attributes:
-        name: what the method is called in tables and figures.
+        name: name of the method in tables and figures.
         method: its configuration.
-        dataset: JSON values that identify the data; results on other data never share a table.
+        dataset: JSON values that identify the data; a table never mixes data sets.
     """
 
     name: str
@@ -66,13 +66,13 @@ R = TypeVar("R", bound=Results)
 
 @dataclass(frozen=True, kw_only=True)
 class Job(Generic[M]):
-    """One method that is evaluated on one data set.
+    """The evaluation of one method on one data set.
 
     Attributes:
         data: where the data is.
         output: folder of the evaluation, for any number of methods.
         method: what is evaluated.
-        name: what the method is called in the output.
+        name: name of the method in the output.
         overwrite: recompute stored predictions.
         progress: called with (done, total).
     """
@@ -86,11 +86,11 @@ class Job(Generic[M]):
 
     @property
     def folder(self) -> Path:
-        """Where everything goes that is this method's own."""
+        """The folder of this method."""
         return self.output / self.name
 
     def start(self, dataset: Mapping[str, Any]) -> dict[str, Any]:
-        """The fields that all results share. To be called when the data is known and nothing is computed yet.
+        """The fields shared by all results. Call it once the data is known, before anything is computed.
 
         Raises:
             ValueError: the output holds results of another method on another ``dataset``.
@@ -110,12 +110,12 @@ class Job(Generic[M]):
 
 
 class Evaluation(ABC, Generic[M, R]):
-    """A way of measuring methods. What may be set about it are the fields of a dataclass, all with defaults.
+    """A way of measuring methods: a dataclass whose fields, all with defaults, are its options.
 
     Attributes:
         results: the class of its results.
-        title: what is measured, in a few words, for the page.
-        meaning: the same in a sentence or two.
+        title: what is measured, in a few words (for the page).
+        meaning: the same, in a sentence or two.
     """
 
     results: ClassVar[type[Results]]
@@ -125,7 +125,7 @@ class Evaluation(ABC, Generic[M, R]):
     def load_method(
         self, name: str, *, weights: Path | None = None, max_keypoints: int | None = None, device: str = "auto"
     ) -> M:
-        """What is evaluated, by its name: a feature extractor, unless an evaluation says otherwise.
+        """Load what is evaluated, by name: a feature extractor, unless an evaluation overrides this.
 
         Raises:
             ValueError: unknown name, or weights missing, superfluous or damaged.
@@ -135,7 +135,7 @@ class Evaluation(ABC, Generic[M, R]):
 
     @abstractmethod
     def run(self, job: Job[M]) -> R:
-        """Reads the data, calls :meth:`Job.start`, predicts what is not stored, measures, and draws the method's own.
+        """Read the data, call :meth:`Job.start`, predict what is not stored, measure, and draw the method's pictures.
 
         Raises:
             OSError: missing data.
@@ -147,25 +147,25 @@ class Evaluation(ABC, Generic[M, R]):
         """The results of all methods on the same data."""
 
     def figures(self, found: Sequence[R]) -> dict[str, Figure]:
-        """Plots of them, by the name of the file."""
+        """Plots of the results, by file name."""
         return {}
 
     def draw(self, job: Job[M], found: Sequence[R]) -> None:
-        """Writes other pictures of all methods, if there are any, into ``job.output``."""
+        """Write other pictures of all methods, if any, into ``job.output``."""
 
 
 def predict(
     job: Job[Method], paths: Mapping[str, Path], *, progress: Progress | None = None
 ) -> Callable[[str], Features]:
-    """Features of images, computed into ``features.h5`` where they are not stored yet.
+    """Features of images; those not stored yet are computed into ``features.h5``.
 
     Args:
         job: whose method computes them.
         paths: image by name.
-        progress: called with (done, total) after every image that had to be computed; by default the job's own.
+        progress: called with (done, total) after every computed image; the job's own by default.
 
     Returns:
-        a function from a name to its features, read from the file (from the method's own file, where it has one).
+        a function from a name to its features, read from that file (or from the method's own file).
 
     Raises:
         ValueError: an image cannot be read, or the method's file has no features of it; or the stored features come
@@ -189,7 +189,7 @@ def predict(
 
 
 def shown_pairs(pairs: Sequence[Item]) -> list[Item]:
-    """``PICTURES`` pairs to draw, evenly spread: the same ones for every method."""
+    """``PICTURES`` evenly spaced pairs to draw, the same for every method."""
     return [pairs[i] for i in np.linspace(0, len(pairs) - 1, min(PICTURES, len(pairs))).round().astype(int)]
 
 
@@ -206,7 +206,7 @@ def read_results(path: Path, kind: type[R]) -> R:
 
 
 def _from_json(kind: Any, value: Any) -> Any:
-    """The dataclasses, tuples and dictionaries that ``kind`` names, of what JSON made of them."""
+    """Dataclasses, tuples and dictionaries of type ``kind`` from plain JSON values."""
     arguments = get_args(kind)
     if dataclasses.is_dataclass(kind):
         hints = get_type_hints(kind)

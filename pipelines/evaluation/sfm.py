@@ -1,7 +1,7 @@
 """Structure from motion by COLMAP on stored features: a database of verified matches, mapping, triangulation.
 
-Everything random is seeded with ``SEED``, one thread works on a thing at a time, and what is written says which
-configuration it was made with, so that it is made once and is the same twice.
+Everything random is seeded with ``SEED`` and single-threaded, so results are reproducible; outputs record their
+configuration, so they are computed once.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ def pinhole(camera: PosedCamera) -> pycolmap.Camera:
 
 
 def guess_camera(path: Path, size: tuple[int, int]) -> pycolmap.Camera:
-    """The camera of a photograph as COLMAP guesses it: SIMPLE_RADIAL, the focal length from EXIF or 1.2 x longer side.
+    """A photograph's camera as COLMAP guesses it: SIMPLE_RADIAL, the focal length from EXIF or 1.2 x longer side.
 
     Args:
         path: the photograph.
-        size: (height, width) of what the features were extracted from, which EXIF may have turned upright.
+        size: (height, width) size at which features were extracted, after any EXIF rotation.
     """
     camera = pycolmap.infer_camera_from_image(path)
     camera.height, camera.width = size
@@ -76,14 +76,14 @@ def create_database(
     config: Mapping[str, Any],
     overwrite: bool = False,
 ) -> Path:
-    """A COLMAP database of cameras, images and keypoints; kept where it is there already.
+    """Write a COLMAP database of cameras, images and keypoints; an existing one is kept.
 
     Args:
-        folder: gets ``database.db``, and ``database.json`` with the configuration. A database of another configuration
-            takes everything that was made from it along: ``overwrite`` empties the whole folder.
+        folder: gets ``database.db``, and ``database.json`` with the configuration. ``overwrite`` empties the whole
+            folder, since everything in it was made from the database.
         cameras: camera by image name. Images have the numbers 1, 2, ... in this order.
         features: features by image name.
-        config: JSON values, all that the content of the database depends on.
+        config: JSON values: everything the content of the database depends on.
         overwrite: start anew.
 
     Raises:
@@ -134,9 +134,9 @@ def match_database(
     Args:
         path: the database.
         features: features by image name.
-        pairs: names of images. Each pair once; the order within a pair means something to ``ratio``.
+        pairs: names of images. Each pair once; the order within a pair matters to ``ratio``.
         ratio: see :func:`samfeat.student.matching.match`.
-        verify: estimate the geometry; else raw matches are all that is written.
+        verify: estimate the geometry; otherwise only raw matches are written.
         progress: called with (done, total) after every pair.
     """
     unit = lru_cache(maxsize=32)(lambda name: _unit_features(features(name)))
@@ -179,23 +179,23 @@ def map_database(
     threads: int = 1,
     progress: Callable[[int], None] | None = None,
 ) -> pycolmap.Reconstruction:
-    """COLMAP's incremental mapping of a database; the model with most images, and of these with most points.
+    """Run COLMAP's incremental mapping; returns the model with the most images (if tied, the most points).
 
-    The model is written into the folder ``sparse`` beside the database, an empty one where nothing can be mapped, and
-    read from there the next time.
+    The model is written to ``sparse`` beside the database (empty if nothing can be mapped) and read from there the next
+    time.
 
     Args:
         path: the database.
         images: folder that the image names are relative to, for the colours of the points.
-        fixed_intrinsics: leave the cameras as they are in the database, else refine focal length and distortion.
-        threads: 1 gives the same model twice. More are faster, and no longer agree to the last digit.
+        fixed_intrinsics: keep the cameras of the database; otherwise refine focal length and distortion.
+        threads: 1 is reproducible; more are faster, but results differ in the last digits.
         progress: called with the number of images registered so far.
     """
     output = Path(path).with_name("sparse")
     if output.exists():
         return pycolmap.Reconstruction(output)
     options = _pipeline_options(threads)
-    options.min_model_size = 3  # one model is chosen in the end, so that a small one is better than none
+    options.min_model_size = 3  # only one model is kept in the end, so small ones are allowed
     options.ba_refine_focal_length = options.ba_refine_extra_params = not fixed_intrinsics
     options.mapper.abs_pose_refine_focal_length = options.mapper.abs_pose_refine_extra_params = not fixed_intrinsics
     registered = 2
@@ -212,7 +212,7 @@ def map_database(
             shutil.rmtree(leftover)
         best = max(models.values(), key=_model_size, default=pycolmap.Reconstruction())
         best.write(partial)
-    return pycolmap.Reconstruction(output)  # as another run will read it, in the same order
+    return pycolmap.Reconstruction(output)  # as another run reads it, in the same order
 
 
 def _model_size(model: pycolmap.Reconstruction) -> tuple[int, int]:
@@ -222,9 +222,9 @@ def _model_size(model: pycolmap.Reconstruction) -> tuple[int, int]:
 def triangulate_database(
     path: str | Path, images: str | Path, cameras: Mapping[str, pycolmap.Camera], poses: Mapping[str, Pose]
 ) -> pycolmap.Reconstruction:
-    """Points of the verified matches of a database between images at known poses, written to ``map`` beside it.
+    """Triangulate the verified matches of a database at known poses; written to ``map`` beside it.
 
-    Cameras and poses stay as they are (COLMAP's ``point_triangulator``). Read from there the next time.
+    Cameras and poses are kept (COLMAP's ``point_triangulator``). Read from there the next time.
 
     Args:
         path: the database.
@@ -256,13 +256,13 @@ def count_verified(path: str | Path) -> int:
 
 
 def count_dense_points(path: str | Path, images: str | Path) -> int | None:
-    """Points of the dense reconstruction (multi-view stereo) of the model that :func:`map_database` wrote.
+    """Number of points of a dense reconstruction (multi-view stereo) of the model written by :func:`map_database`.
 
     With the settings of the ETH benchmark's script: images of at most 1200 pixels, photometric depth maps, at least 5
     pixels a point. Written to ``dense/fused.ply`` beside the database, and read from there the next time.
 
     Returns:
-        the number; 0 for an empty model; None where COLMAP is built without CUDA, which the depth maps need.
+        0 for an empty model; None if COLMAP was built without CUDA, which the depth maps need.
     """
     if not pycolmap.has_cuda:
         return None
@@ -314,7 +314,7 @@ def _pipeline_options(threads: int) -> pycolmap.IncrementalPipelineOptions:
 
 @contextmanager
 def _appearing(output: Path) -> Iterator[Path]:
-    """A folder to write to that gets the name ``output`` at the end."""
+    """A temporary folder that is renamed to ``output`` at the end."""
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
@@ -324,7 +324,7 @@ def _appearing(output: Path) -> Iterator[Path]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """COLMAP keeps its messages to itself; what it cannot do it raises, and that nothing can be mapped is a result."""
+    """Silence COLMAP's log: failures raise, and an empty model is a valid result."""
     before = pycolmap.logging.minloglevel
     pycolmap.logging.minloglevel = pycolmap.logging.FATAL.value
     try:

@@ -1,6 +1,6 @@
-"""Points and cameras of a reconstruction to look at: a page that turns them in a browser, and a picture.
+"""Views of a reconstruction's points and cameras: an interactive page and a picture.
 
-The page is one file that asks nobody for anything: plotly.js is inside, which is most of its 5 to 7 MB.
+The page is self-contained; plotly.js makes up most of its 5 to 7 MB.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Scatter3d
 
 MOST_POINTS = 200_000  # 7 bytes each, 10 in base64
-REACH = 6.0  # points further from the middle than this many radii are left out
+REACH = 6.0  # points farther from the centre than this many radii are dropped
 FRUSTUM = 0.12  # depth of a drawn camera in radii
 DARK, LIGHT = "#15181c", "#e8eaed"
 LINE_WIDTHS = (2.4, 1.2, 0.6)  # groups that agree are seen one inside the other
@@ -38,7 +38,7 @@ class SceneView(NamedTuple):
         title: one line.
         points: float [N, 3] in the world.
         colors: uint8 [N, 3], RGB.
-        cameras: by label of a group (such as ``estimated``, at most three groups), cameras by image name.
+        cameras: cameras by image name, for each labelled group (at most three, such as ``estimated``).
     """
 
     title: str
@@ -57,7 +57,7 @@ class _Stage(NamedTuple):
 
 
 def write_view(path: str | Path, view: SceneView) -> Path:
-    """Writes the page: more than ``MOST_POINTS`` points are thinned at random.
+    """Write the page; more than ``MOST_POINTS`` points are subsampled at random.
 
     Raises:
         ValueError: more than three groups of cameras, or neither a point nor a camera.
@@ -96,7 +96,7 @@ def write_view(path: str | Path, view: SceneView) -> Path:
 
 
 def _points(points: np.ndarray, colors: np.ndarray) -> Scatter3d:
-    """A cloud in 256 colours, which a browser draws and a file holds in a fraction of what a colour each takes."""
+    """A point cloud with a palette of 256 colours, much smaller and faster to draw than one colour per point."""
     from plotly.graph_objects import Scatter3d
 
     reduced = Image.fromarray(colors[None]).quantize(256)
@@ -116,7 +116,7 @@ def _points(points: np.ndarray, colors: np.ndarray) -> Scatter3d:
 
 
 def _cameras(label: str, cameras: Mapping[str, np.ndarray], color: str, width: float) -> list[Scatter3d]:
-    """Outlines of cameras, and their centres, which tell their names under the pointer."""
+    """Outlines of cameras, and their centres, which show their names on hover."""
     from plotly.graph_objects import Scatter3d
 
     gap = np.full((1, 3), np.nan)
@@ -164,7 +164,7 @@ def _eye(stage: _Stage, reach: float) -> dict[str, float]:
 
 
 def write_preview(path: str | Path, view: SceneView) -> Path:
-    """Writes a PNG: the points from where the cameras are, and from above, with the cameras.
+    """Write a PNG of points and cameras, seen from the cameras and from above.
 
     Raises:
         ValueError: as :func:`write_view`.
@@ -180,7 +180,7 @@ def write_preview(path: str | Path, view: SceneView) -> Path:
     figure.suptitle(view.title, color=LIGHT)
     sheets = {"from the cameras": (right, top, towards), "from above": (right, -towards, top)}
     for axes, (title, (across, up, depth)) in zip(figure.subplots(1, 2), sheets.items()):
-        order = np.argsort(stage.points @ depth)  # the nearest are drawn last
+        order = np.argsort(stage.points @ depth)  # nearest points are drawn last
         x, y = stage.points[order] @ across, stage.points[order] @ up
         axes.scatter(x, y, c=stage.colors[order] / 255, s=4 if len(x) < 20_000 else 1, linewidths=0)
         for (label, cameras), color, width in zip(stage.frusta.items(), GROUP_COLORS, LINE_WIDTHS):
@@ -226,7 +226,7 @@ def _stage(view: SceneView) -> _Stage:
 
 
 def _upright(cameras: list[PosedCamera]) -> np.ndarray:
-    """float64 [3, 3], a rotation whose second row is up: against the mean of what the cameras hold for down."""
+    """float64 [3, 3], a rotation whose second row is up: opposite to the mean down direction of the cameras."""
     down = np.sum([camera.pose.rotation[1] for camera in cameras], axis=0) if cameras else np.array([0.0, 1, 0])
     up = -down / max(np.linalg.norm(down), 1e-12)
     side = np.cross(up, np.eye(3)[np.argmin(np.abs(up))])

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from urllib.parse import urlsplit
 
-SHIPPED = ("samfeat",)
+SHIPPED = ("samfeat", "samfeat-slim")
 FOLDER = Path(__file__).parent
 HUB = "hf://"
 
