@@ -27,6 +27,7 @@ from samfeat.pipelines.pictures.draw import (
     thumbnail,
     with_scale,
 )
+from samfeat.pipelines.pictures.overlays import feature_tiles
 
 
 def gray(height: int, width: int, value: int = 0) -> np.ndarray:
@@ -222,13 +223,22 @@ def test_matches_that_are_none_of_the_features_are_refused(matches, message):
         samfeat.show_matches(grey, grey, features, features, matches)
 
 
-@pytest.mark.parametrize("features", [{}, {"keypoints": np.zeros((1, 2))}])
-def test_features_without_what_is_drawn_are_refused(features):
+def test_features_without_what_is_drawn_are_refused():
     grey = np.zeros((32, 32), np.uint8)
     with pytest.raises(ValueError, match="give what samfeat returned"):
-        samfeat.show_keypoints(grey, features)
+        samfeat.show_keypoints(grey, {})
     with pytest.raises(ValueError, match="give what samfeat returned"):
-        samfeat.show_matches(grey, grey, features, features, {})
+        samfeat.show_matches(grey, grey, {}, {}, {})
+
+
+def test_keypoints_without_scores_are_green():
+    grey = np.zeros((300, 400), np.uint8)
+    drawn = np.asarray(samfeat.show_keypoints(grey, {"keypoints": np.array([[200.0, 150.0]])}))
+    assert drawn[..., 1].max() > 100
+    assert drawn[..., 1].max() > drawn[..., 0].max()
+    (title, picture), *maps = feature_tiles(np.zeros((300, 400, 3), np.uint8), {"keypoints": np.zeros((3, 2))})
+    assert (title, maps) == ("3 keypoints", [])
+    assert picture.max() > 0
 
 
 def test_no_matches_are_the_photographs_beside_each_other():

@@ -135,11 +135,11 @@ class Summary:
     """Results on a data set.
 
     Attributes:
-    ods: at the best threshold for all images.
-    threshold: that threshold.
-    ois: at the best threshold of each image.
-    ap: area under the precision-recall curve, with precision 0 at recalls that no threshold reaches.
-    curve: at all thresholds.
+        ods: at the best threshold for all images.
+        threshold: that threshold.
+        ois: at the best threshold of each image.
+        ap: area under the precision-recall curve, with precision 0 at recalls that no threshold reaches.
+        curve: at all thresholds.
     """
 
     ods: Score

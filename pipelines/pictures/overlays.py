@@ -29,18 +29,25 @@ def feature_tiles(
     Args:
         image: uint8 [H, W, 3].
         features: ``keypoints`` [K, 2] and ``scores`` [K], in any order. The ``SHOWN`` best ones are drawn, coloured by
-            rank from blue to yellow.
+            rank from blue to yellow; without scores, the first ones in green.
         maps: those of ``MAPS`` that there are, float [h, w] of any size.
     """
     factor = enlargement(image)
     large = enlarged(image, factor) if factor > 1 else image
-    keypoints, scores = (np.asarray(features[key]) for key in ("keypoints", "scores"))
-    best = np.argsort(-scores, kind="stable")[:SHOWN]
-    shown = f", the best {len(best)} drawn" if len(best) < len(scores) else ""
-    span = f", scores {scores[best].min():.2g} to {scores[best].max():.2g}" if len(best) else ""
-    drawn = draw_keypoints(large, (keypoints[best] + 0.5) * factor - 0.5, scores[best])
-    scaled = with_scale(drawn, "plasma", f"rank {len(best)}", "rank 1") if len(best) > 1 else drawn
-    tiles = [(f"{len(scores)} keypoints{shown}{span}", scaled)]
+    keypoints, scores = np.asarray(features["keypoints"]), features.get("scores")
+    if scores is not None:
+        best = np.argsort(-np.asarray(scores), kind="stable")
+        keypoints, scores = keypoints[best], np.asarray(scores)[best][:SHOWN]
+    shown = min(len(keypoints), SHOWN)
+    title = f"{len(keypoints)} keypoints"
+    if shown < len(keypoints):
+        title += f", the {'first' if scores is None else 'best'} {shown} drawn"
+    drawn = draw_keypoints(large, (keypoints[:SHOWN] + 0.5) * factor - 0.5, scores)
+    if scores is not None and len(scores):
+        title += f", scores {scores.min():.2g} to {scores.max():.2g}"
+    if scores is not None and len(scores) > 1:
+        drawn = with_scale(drawn, "plasma", f"rank {len(scores)}", "rank 1")
+    tiles = [(title, drawn)]
     for key, values in (maps or {}).items():
         title, cmap, low, high = MAPS[key]
         values = np.asarray(values, np.float32)

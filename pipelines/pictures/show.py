@@ -14,16 +14,16 @@ from samfeat.student.pixels import as_rgb
 
 
 def show_keypoints(image: Any, features: Mapping[str, Any]) -> Image.Image:
-    """Keypoints over their image, coloured by score from blue to yellow.
+    """Keypoints over their image, coloured by score from blue to yellow (without scores, all green).
 
     Args:
         image: anything that :meth:`samfeat.SAMFeat.extract` takes.
         features: what it returned for the image.
 
     Raises:
-        ValueError: something else than an accepted image, or features without keypoints or scores.
+        ValueError: something else than an accepted image, or features without keypoints.
     """
-    keypoints, scores = _field(features, "keypoints"), _field(features, "scores")
+    keypoints, scores = _field(features, "keypoints"), _numpy(features["scores"]) if "scores" in features else None
     return Image.fromarray(draw_keypoints(_pixels(image), keypoints, scores))
 
 
