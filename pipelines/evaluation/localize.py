@@ -47,10 +47,10 @@ REPROJECTION = 12.0  # pixels: RANSAC's threshold, as in hloc's pipeline
 
 
 class Localized(NamedTuple):
-    """The result of a query.
+    """Estimated pose of a query.
 
     Attributes:
-        pose: where it was taken; None where that cannot be told.
+        pose: estimated pose; None if there is none.
         inliers: 2D-3D matches that agree with the pose.
         matches: 2D-3D matches in all.
     """
@@ -67,8 +67,9 @@ class LocalizedQuery:
     Attributes:
         inliers: 2D-3D matches that agree with its pose.
         matches: 2D-3D matches in all.
-        centre: distance from the true centre, in units of the truth; None without truth or without a pose.
-        rotation: angle from the true orientation, in degrees; None likewise.
+        centre: distance from the true centre, in the units of the ground truth; None without ground truth or without a
+            pose.
+        rotation: angle to the true orientation, in degrees; None likewise.
     """
 
     inliers: int
@@ -79,14 +80,16 @@ class LocalizedQuery:
 
 @dataclass(frozen=True)
 class QuerySummary:
-    """Queries of one kind.
+    """Results on a set of queries.
 
     Attributes:
         images: their number.
-        localized: those with a pose.
-        inliers: median of 2D-3D matches that agree with the pose.
-        recall: share of them within each of the scene's thresholds, one without a pose is outside; None without truth.
-        centre_error: median over all, in units of the truth; None where half of them have no pose, or without truth.
+        localized: number with a pose.
+        inliers: median number of 2D-3D matches that agree with the pose.
+        recall: share within each of the scene's thresholds, queries without a pose counting as outside; None without
+            ground truth.
+        centre_error: median over all, in the units of the ground truth; None if half of the queries have no pose, or
+            without ground truth.
         rotation_error: the same in degrees.
     """
 
@@ -103,11 +106,11 @@ class LocalizedScene:
     """A scene.
 
     Attributes:
-        database_images: images that the map is made of.
+        database_images: images that the map is built from.
         features: mean number per image.
         points: of the map.
-        thresholds: (distance, degrees), fine, medium and coarse; None without truth.
-        queries: by subset: ``all``, and others where the scene tells them apart.
+        thresholds: (distance, degrees), fine, medium and coarse; None without ground truth.
+        queries: by subset: ``all``, and others that the scene defines.
         poses: by query.
     """
 
@@ -124,7 +127,7 @@ class LocalizeResults(Results):
     """Poses of queries.
 
     Attributes:
-        settings: what they depend on besides method, data and ratio.
+        settings: what the poses depend on besides method, data and ratio.
         scenes: by scene and by ratio of distances, ``none`` or a number.
     """
 
@@ -136,13 +139,13 @@ class LocalizeResults(Results):
 class Localize(Evaluation[Method, LocalizeResults]):
     """Localises queries, see :func:`samfeat.pipelines.evaluation.posed_scenes.find_posed_scenes`.
 
-    Every scene has a folder for every ratio with COLMAP's ``database.db`` and the triangulated ``map``, the poses that
-    were found (one line a query, its name without folders and qw qx qy qz tx ty tz, world to camera: what
-    visuallocalization.net takes), the page ``view.html`` and the picture ``view.png``. Descriptors are compared at unit
+    Every scene has a folder for every ratio with COLMAP's ``database.db`` and the triangulated ``map``, the estimated
+    poses (one line per query: its name without folders and qw qx qy qz tx ty tz, world to camera, as expected by
+    visuallocalization.net), the page ``view.html`` and the picture ``view.png``. Descriptors are compared at unit
     length, as by the benchmark's own matcher.
 
     Attributes:
-        ratios: of the distance to the best and to the second best descriptor; None demands none.
+        ratios: maximum ratio of the distances to the best and the second best descriptor; None for no ratio test.
     """
 
     ratios: tuple[float | None, ...] = RATIOS
@@ -159,7 +162,7 @@ class Localize(Evaluation[Method, LocalizeResults]):
         check_ratios(self.ratios)
 
     def run(self, job: Job[Method]) -> LocalizeResults:
-        """Localises with every ratio; images extracted, pairs matched and queries localised count one each."""
+        """Localise with every ratio; every extracted image, matched pair and localised query counts as one step."""
         tasks = {
             scene.name: SceneTask(
                 images={image: scene.folder / image for image in scene.names},
@@ -174,7 +177,7 @@ class Localize(Evaluation[Method, LocalizeResults]):
         return LocalizeResults(**shared, settings=settings, scenes=found)
 
     def table(self, found: Sequence[LocalizeResults]) -> Table:
-        """One row per scene, kind of queries, method and ratio."""
+        """One row per scene, subset, method and ratio."""
         columns = [Column("scene"), Column("queries", "all, or those by day or by night"), Column("method")]
         columns += [
             Column("ratio", RATIO_MEANING),
@@ -211,7 +214,7 @@ class Localize(Evaluation[Method, LocalizeResults]):
 
 
 def _flat(found: Sequence[LocalizeResults]) -> list[tuple[str, str, str, str, LocalizedScene, QuerySummary]]:
-    """(scene, subset, method, ratio, what was found, of the subset), scene by scene."""
+    """(scene, subset, method, ratio, results of the scene, results of the subset), scene by scene."""
     return [
         (scene, subset, results.name, ratio, facts, queries)
         for scene in found[0].scenes
@@ -222,7 +225,7 @@ def _flat(found: Sequence[LocalizeResults]) -> list[tuple[str, str, str, str, Lo
 
 
 def _steps(scene: PosedScene) -> int:
-    """Pairs to match and queries to localise."""
+    """Number of pairs to match and queries to localise."""
     return len(scene.map_pairs) + len(scene.query_pairs) + len(scene.queries)
 
 
@@ -286,7 +289,7 @@ def _localize(
 def _check_sizes(
     scene: PosedScene, cameras: Mapping[str, pycolmap.Camera], features: Callable[[str], Features]
 ) -> list[int]:
-    """Numbers of keypoints; refuses an image that is not of its camera's size, where every pose would be wrong."""
+    """Numbers of keypoints; refuses an image that differs from its camera's size, since every pose would be wrong."""
     counts = []
     for image, camera in cameras.items():
         found = features(image)
@@ -307,13 +310,13 @@ def localize_image(
     retrieved: Sequence[str],
     camera: pycolmap.Camera,
 ) -> Localized:
-    """Localises a query by its matches in a database with triangulated images.
+    """Localise a query by its matches with triangulated images.
 
     Args:
         database: holds the matches of the query with the retrieved images.
         model: the map.
         query: name of the query.
-        retrieved: names of database images; those that are not in the map are passed over.
+        retrieved: names of database images; those not in the map are skipped.
         camera: of the query.
 
     Raises:
@@ -323,7 +326,7 @@ def localize_image(
     if stored is None:
         raise KeyError(query)
     number = stored.image_id
-    seen: dict[tuple[int, int], None] = {}  # (keypoint, point), each once, in order
+    seen: dict[tuple[int, int], None] = {}  # (keypoint, point), unique and sorted
     for name in retrieved:
         image = model.find_image_with_name(name)
         if image is None or not database.exists_matches(number, image.image_id):
@@ -351,10 +354,10 @@ def localize_image(
 
 
 def write_poses(path: str | Path, poses: Mapping[str, Pose]) -> Path:
-    """Writes ``name qw qx qy qz tx ty tz`` a line, world to camera, names without folders, in the order given.
+    """Write lines of ``name qw qx qy qz tx ty tz``, world to camera, names without folders, in the given order.
 
     Raises:
-        ValueError: two names that differ in their folders only.
+        ValueError: two names that differ only in their folders.
     """
     lines: dict[str, str] = {}
     for name, pose in poses.items():
@@ -383,7 +386,7 @@ def _summary(
 def _show(
     scene: PosedScene, model: pycolmap.Reconstruction, located: Mapping[str, Pose], folder: Path, title: str
 ) -> None:
-    """Writes the page and the picture of a map with the queries in it."""
+    """Write the page and the picture of a map with its queries."""
     queries = {query: posed_camera(scene.queries[query], pose) for query, pose in located.items()}
     cameras: dict[str, dict[str, PosedCamera]] = {"database": posed_cameras(model), "localised": queries}
     if scene.truth is not None:

@@ -24,7 +24,7 @@ F = TypeVar("F")
 
 
 class RunScene(Protocol[F_co]):
-    """Matches and measures one scene."""
+    """Match and measure one scene."""
 
     def __call__(
         self,
@@ -34,12 +34,12 @@ class RunScene(Protocol[F_co]):
         config: Mapping[str, Any],
         progress: Progress | None,
     ) -> F_co:
-        """What is found.
+        """Run the task and return its results.
 
         Args:
             folder: to write into.
-            features: those of an image by its name in the scene.
-            config: JSON values of all that the outcome depends on, ``ratio`` among them.
+            features: features of an image by its name in the scene.
+            config: JSON values that the results depend on, including ``ratio``.
             progress: called with (steps done, 0).
         """
 
@@ -48,10 +48,10 @@ class SceneTask(NamedTuple, Generic[F]):
     """One evaluation on one scene.
 
     Attributes:
-        images: photograph by its name in the scene.
-        identity: JSON values that tell this scene from any other.
-        steps: what ``run`` counts to.
-        run: does it.
+        images: photographs by name in the scene.
+        identity: JSON values that identify this scene.
+        steps: number of progress steps of ``run``.
+        run: the task itself.
     """
 
     images: Mapping[str, Path]
@@ -63,17 +63,17 @@ class SceneTask(NamedTuple, Generic[F]):
 def run_scenes(
     job: Job[Method], tasks: Mapping[str, SceneTask[F]], *, ratios: Sequence[float | None], settings: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, dict[str, F]]]:
-    """Predicts the features of all scenes, then runs every scene's task with every ratio.
+    """Predict the features of all scenes, then run every scene's task with every ratio.
 
     Args:
-        job: the method; everything of a scene goes to ``<scene>/ratio-<ratio>`` in its folder. Images extracted and
-            the tasks' steps count one each in its progress.
+        job: the method; a scene's output goes to ``<scene>/ratio-<ratio>`` in its folder. Progress counts extracted
+            images and the tasks' steps.
         tasks: by name of the scene.
         ratios: of distances, see :func:`samfeat.student.matching.match`; None for none.
-        settings: other JSON values that the outcome of every scene depends on.
+        settings: other JSON values that the results depend on.
 
     Returns:
-        the fields that all results share, and what the tasks found by scene and by :func:`ratio_label`.
+        the fields shared by all results, and the tasks' results by scene and :func:`ratio_label`.
 
     Raises:
         ValueError: see :func:`samfeat.pipelines.evaluation.protocol.predict` and :meth:`Job.start`.
@@ -109,10 +109,10 @@ def run_scenes(
 
 
 def check_ratios(ratios: Sequence[float | None]) -> None:
-    """Refuses ratios that mean nothing.
+    """Refuse invalid ratios.
 
     Raises:
-        ValueError: none at all, one twice, or one outside (0, 1].
+        ValueError: no ratio, a repeated one, or one outside (0, 1].
     """
     if not ratios or len(set(ratios)) < len(ratios) or any(r is not None and not 0 < r <= 1 for r in ratios):
         raise ValueError(f"ratios must be different numbers in (0, 1], or none, got {[*map(ratio_label, ratios)]}")

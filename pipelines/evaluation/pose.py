@@ -1,7 +1,7 @@
 """Relative pose from matches: the area under the curve of pose errors, by the protocol of SuperGlue (CVPR 2020).
 
 Mutual nearest neighbours, the essential matrix by PoseLib's LO-RANSAC with non-linear refinement, and the larger of the
-two angles by which rotation and direction of translation are off. Images keep their own size.
+angular errors of rotation and translation direction. Images keep their own size.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class PosePair(NamedTuple):
 
 
 class PoseError(NamedTuple):
-    """How far off a pose is, in degrees: its rotation, and the direction of its translation, whose sign is unknown."""
+    """Errors of a pose in degrees: of its rotation, and of the direction of its translation up to sign."""
 
     rotation: float
     translation: float
@@ -89,7 +89,7 @@ def _rays(points: np.ndarray, intrinsics: np.ndarray) -> np.ndarray:
 
 
 def estimate_pose(points0: np.ndarray, points1: np.ndarray, pair: PosePair) -> tuple[PoseError | None, int]:
-    """The error of the pose that matches [M, 2] agree on, and how many do; None where fewer than five matches do."""
+    """Error of the pose estimated from matches [M, 2], and its number of inliers; None for fewer than five inliers."""
     if len(points0) < 5:
         return None, 0
     cameras = [_camera(intrinsics) for intrinsics in (pair.intrinsics0, pair.intrinsics1)]
@@ -100,15 +100,13 @@ def estimate_pose(points0: np.ndarray, points1: np.ndarray, pair: PosePair) -> t
 
 
 def _camera(intrinsics: np.ndarray) -> dict[str, Any]:
-    """A pinhole camera as PoseLib takes it; it does not use the size of the image."""
+    """A pinhole camera for PoseLib, which does not use the image size."""
     (fx, _, cx), (_, fy, cy), _ = intrinsics.tolist()
     return {"model": "PINHOLE", "width": round(2 * cx), "height": round(2 * cy), "params": [fx, fy, cx, cy]}
 
 
 def find_pairs(folder: str | Path) -> tuple[list[PosePair], dict[str, Path]]:
-    """The pairs of a folder and the paths of their images by name.
-
-    Understood are, in this order:
+    """The pairs of a folder, and the paths of their images by name. Supported, in this order:
 
     - ``*.txt`` with 38 fields a line, as SuperGlue's: two names, two EXIF rotations (not used: images are taken as they
       stand), K of both row by row, and the 4 x 4 pose; or with 32 as glue-factory's: two names, two K, R, t;
@@ -226,7 +224,7 @@ class MeasuredPair:
 
 @dataclass(frozen=True)
 class MeasuredPairs:
-    """Of all pairs matched with one ratio.
+    """Results over all pairs with one ratio.
 
     Attributes:
         auc: area under the curve of pose errors up to each threshold, in [0, 1].
@@ -265,8 +263,8 @@ class RelativePose(Evaluation[Method, PoseResults]):
     """Relative pose of pairs of images, see :func:`find_pairs`. Draws ``matches.png`` of some pairs for every method.
 
     Attributes:
-        ratios: of distances to the best and the second best descriptor, which are then compared at unit length; None
-            for none.
+        ratios: maximum ratio of the distances to the best and the second best descriptor, at unit length; None for no
+            ratio test.
     """
 
     ratios: tuple[float | None, ...] = RATIOS
@@ -282,7 +280,7 @@ class RelativePose(Evaluation[Method, PoseResults]):
         check_ratios(self.ratios)
 
     def run(self, job: Job[Method]) -> PoseResults:
-        """Matches and measures every pair with every ratio."""
+        """Match and measure every pair with every ratio."""
         pairs, paths = find_pairs(job.data)
         shared = job.start({"pairs": len(pairs), "images": len(paths), "sha256": _sha256(pairs)})
         features = predict(job, paths)
@@ -362,7 +360,7 @@ def _picture(
     features: Callable[[str], Features],
     ratio: float | None,
 ) -> tuple[str, np.ndarray]:
-    """Title and matches of a pair, green where they agree with the true pose, red at ten times the limit."""
+    """Title and matches of a pair: green if they agree with the true pose, red at ten times the limit."""
     points0, points1 = matched_points(features(pair.image0), features(pair.image1), ratio=ratio)
     errors = np.sqrt(epipolar_errors(points0, points1, pair))
     image0, image1 = read_image(paths[pair.image0]), read_image(paths[pair.image1])

@@ -1,4 +1,4 @@
-"""Data sets for localisation: database images with poses, queries, and which images are matched with which."""
+"""Data sets for localisation: database images with poses, queries, and the pairs to match."""
 
 from __future__ import annotations
 
@@ -16,26 +16,27 @@ from samfeat.pipelines.evaluation.camera_poses import CAMERA_FILES, Pose, PosedC
 from samfeat.pipelines.evaluation.sfm import camera_pose, digest, pinhole
 
 AACHEN_THRESHOLDS = ((0.25, 2.0), (0.5, 5.0), (5.0, 10.0))  # metres, degrees: fine, medium and coarse
-FRACTIONS = (0.0005, 0.001, 0.01)  # of the extent of a scene, in place of Aachen's metres
+FRACTIONS = (0.0005, 0.001, 0.01)  # of the extent of a scene, instead of Aachen's metres
 COVISIBLE = 20  # database images matched with each
-MOST_EXHAUSTIVE = 200  # images beyond which a list of pairs must be given
+MOST_EXHAUSTIVE = 200  # above this number of images, a list of pairs must be given
 AACHEN_MODEL = Path("3D-models") / "aachen_v_1_1"
 
 
 @dataclass(frozen=True)
 class PosedScene:
-    """A place to localise photographs in.
+    """A scene for localisation.
 
     Attributes:
         name: name of the scene.
-        folder: what the names of the images are relative to.
+        folder: folder that image names are relative to.
         database: camera and pose by image name.
         queries: camera by image name.
         map_pairs: database images to match with each other.
         query_pairs: (query, database image) to match.
-        truth: true cameras of the queries; None where they are secret.
-        thresholds: (distance, degrees) that count as localised: fine, medium, coarse. Distances in units of the poses.
-        poses_file: name of the file of poses, ``{name}`` being the method.
+        truth: true cameras of the queries; None if they are not public.
+        thresholds: (distance, degrees) within which a query counts as localised: fine, medium, coarse; distances in the
+            units of the poses.
+        poses_file: name of the file of poses; ``{name}`` stands for the method.
     """
 
     name: str
@@ -63,7 +64,7 @@ class PosedScene:
         return subsets
 
     def identity(self) -> dict[str, Any]:
-        """JSON values that tell this scene, its split and its pairs from others."""
+        """JSON values that identify this scene, its split and its pairs."""
         database = {
             name: [_calibration(camera), *(p.tolist() for p in pose)] for name, (camera, pose) in self.database.items()
         }
@@ -88,7 +89,7 @@ def find_posed_scenes(folder: str | Path) -> list[PosedScene]:
 
     Raises:
         FileNotFoundError: no such folder, or a part is missing.
-        ValueError: nothing of the kind in it.
+        ValueError: it holds none of these.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -105,7 +106,7 @@ def find_posed_scenes(folder: str | Path) -> list[PosedScene]:
 
 
 def split_scene(folder: str | Path) -> PosedScene:
-    """A scene with true cameras, of whose images every third (the 2nd, 5th, ... by name) is a query.
+    """A scene with true cameras; every third image (the 2nd, 5th, ... by name) is a query.
 
     All images are matched with all database images. The thresholds are Aachen's with ``FRACTIONS`` of the extent, the
     largest distance between two database cameras, in place of 0.25, 0.5 and 5 metres.
@@ -139,13 +140,13 @@ def split_scene(folder: str | Path) -> PosedScene:
 
 
 def read_aachen(folder: str | Path) -> PosedScene:
-    """Aachen Day-Night v1.1 as it is distributed.
+    """Aachen Day-Night v1.1, as distributed.
 
     ``images_upright/`` (or ``images/images_upright/``) with ``db``, ``query`` and ``sequences``;
     ``queries/*_with_intrinsics.txt``; ``3D-models/aachen_v_1_1`` with COLMAP's model, or with ``aachen_v_1_1.nvm`` and
     ``database_intrinsics_v1_1.txt``. Beside them, or in ``pairs``, hloc's ``pairs-query-netvlad50.txt`` (any
-    ``pairs-query-*.txt``) and ``pairs-db-covis20.txt`` (any ``pairs-db-*.txt``; without it every database image is
-    matched with the 20 that see most points with it in COLMAP's model). Queries have no public truth: the file
+    ``pairs-query-*.txt``) and ``pairs-db-covis20.txt`` (any ``pairs-db-*.txt``; without it, every database image is
+    matched with the 20 that share the most points with it in COLMAP's model). Queries have no public truth: the file
     ``Aachen_v1_1_eval_[<method>].txt`` goes to visuallocalization.net.
 
     Raises:
@@ -197,7 +198,7 @@ def read_aachen(folder: str | Path) -> PosedScene:
 
 
 def _read_colmap(folder: Path) -> tuple[dict[str, tuple[pycolmap.Camera, Pose]], list[tuple[str, str]]]:
-    """Cameras and poses by name, and the pairs of images that see the same points most."""
+    """Cameras and poses by name, and the pairs of images that share the most points."""
     model = pycolmap.Reconstruction(folder)
     images = sorted((i for i in model.images.values() if i.has_pose), key=lambda image: image.name)
     database = {image.name: (model.cameras[image.camera_id], camera_pose(image)) for image in images}
@@ -216,7 +217,7 @@ def _read_colmap(folder: Path) -> tuple[dict[str, tuple[pycolmap.Camera, Pose]],
 
 
 def _read_nvm(folder: Path) -> tuple[dict[str, tuple[pycolmap.Camera, Pose]], list[tuple[str, str]]]:
-    """Poses of VisualSFM's model (quaternion and centre), cameras of the list that comes with it; no pairs."""
+    """Poses from VisualSFM's model (quaternion and centre), cameras from the list that comes with it; no pairs."""
     models, lists = sorted(folder.glob("*.nvm")), sorted(folder.glob("database_intrinsics*.txt"))
     lists = lists or sorted(folder.parent.glob("database_intrinsics*.txt"))
     if not models or not lists:
@@ -240,7 +241,7 @@ def _read_nvm(folder: Path) -> tuple[dict[str, tuple[pycolmap.Camera, Pose]], li
 
 
 def _read_intrinsics(path: Path) -> dict[str, pycolmap.Camera]:
-    """Cameras by image name: a line has name, COLMAP's model, width, height and its parameters."""
+    """Cameras by image name: each line has name, COLMAP camera model, width, height and parameters."""
     cameras = {}
     for line in path.read_text().splitlines():
         if line.strip() and not line.startswith("#"):
@@ -269,7 +270,7 @@ def _find_pairs(folder: Path, kind: str) -> Path | None:
 
 
 def _read_pairs(path: Path, first: dict[str, Any], second: dict[str, Any]) -> list[tuple[str, str]]:
-    """Pairs of names, each once whatever its order."""
+    """Unordered pairs of names, each once."""
     pairs: dict[tuple[str, str], None] = {}
     for line in path.read_text().splitlines():
         if not line.strip():

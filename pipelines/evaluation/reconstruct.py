@@ -1,8 +1,8 @@
 """Reconstruction of photo collections: the protocol of the ETH local feature benchmark (Table III of the paper).
 
 Schönberger et al., Comparative evaluation of hand-crafted and learned local features, CVPR 2017: all images of a scene
-are matched with each other (mutual nearest neighbours that pass the ratio test), verified and mapped by COLMAP; what
-counts is the largest model. Where a scene brings true cameras, the poses are measured too.
+are matched with each other (mutual nearest neighbours that pass the ratio test), verified and mapped by COLMAP; the
+largest model is evaluated. If a scene has ground-truth cameras, the poses are measured too.
 """
 
 from __future__ import annotations
@@ -88,9 +88,9 @@ class Collection(NamedTuple):
 
     Attributes:
         name: name of the scene.
-        folder: what the names of the images are relative to.
+        folder: folder that image names are relative to.
         images: path by name.
-        truth: true camera by image name, None where nobody knows.
+        truth: true camera by image name; None if unknown.
     """
 
     name: str
@@ -102,10 +102,9 @@ class Collection(NamedTuple):
 def find_collections(folder: str | Path) -> list[Collection]:
     """The scenes of a folder, in alphabetical order.
 
-    A scene is a folder with its photographs in ``images`` (as in the ETH benchmark), or with photographs and no such
-    folder; true cameras stand in its ``cameras*.json``, see
-    :func:`samfeat.pipelines.evaluation.camera_poses.read_cameras`. The folder itself may be a scene, else every
-    folder in it is one.
+    A scene is a folder with its photographs in ``images`` (as in the ETH benchmark), or directly in the folder; true
+    cameras are read from its ``cameras*.json``, see :func:`samfeat.pipelines.evaluation.camera_poses.read_cameras`. The
+    folder may be a scene itself; otherwise every folder in it is one.
 
     Raises:
         FileNotFoundError: no such folder; or true cameras of an image that is not there.
@@ -138,7 +137,8 @@ def _read_collection(folder: Path) -> Collection:
 
 @dataclass(frozen=True)
 class CameraError:
-    """Of one camera after alignment: distance of its centre in units of the truth, and angle in degrees."""
+    """Errors of one camera after alignment: distance of its centre in the units of the ground truth, and angle in
+    degrees."""
 
     centre: float
     rotation: float
@@ -149,17 +149,18 @@ class ReconstructedScene:
     """The largest model of a scene.
 
     Attributes:
-        images: photographs in all.
+        images: number of photographs.
         features: mean number per photograph.
         verified_pairs: pairs of photographs that pass geometric verification.
         registered: photographs in the model.
         points: 3-D points.
-        observations: keypoints that show one of them.
+        observations: keypoints that observe one of them.
         track_length: observations per point.
         reprojection_error: mean, in pixels; None without points.
         dense_points: of multi-view stereo; None without CUDA.
         auc1, auc3, auc5: areas under the curve of relative pose errors over all pairs of images, see
-            :func:`samfeat.pipelines.evaluation.camera_poses.relative_pose_errors`; None without truth, as is the rest.
+            :func:`samfeat.pipelines.evaluation.camera_poses.relative_pose_errors`; None without ground truth, as for
+            the rest.
         centre_error: median over the registered images after alignment, in units of the truth (see
             :func:`samfeat.pipelines.evaluation.camera_poses.aligned_errors`); None where too few are registered.
         rotation_error: the same in degrees.
@@ -201,13 +202,14 @@ class Reconstruct(Evaluation[Method, ReconstructResults]):
     """Reconstruction of the scenes of a folder, see :func:`find_collections`.
 
     Every scene has a folder for every ratio with COLMAP's ``database.db`` and ``sparse`` model, the page ``view.html``
-    and the picture ``view.png``. Descriptors are compared at unit length: a ratio of distances means nothing else.
+    and the picture ``view.png``. Descriptors are compared at unit length, since a ratio of distances makes sense only
+    there.
 
     Attributes:
-        ratios: of the distance to the best and to the second best descriptor; None demands none.
-        calibrated: where true cameras are known, use their calibration and keep it (PINHOLE). Else, and elsewhere, the
-            calibration is COLMAP's guess (EXIF, or a focal length of 1.2 x the longer side), which mapping refines.
-        threads: of the mapper; only 1 gives the same model twice.
+        ratios: maximum ratio of the distances to the best and the second best descriptor; None for no ratio test.
+        calibrated: use the calibration of ground-truth cameras and keep it fixed (PINHOLE). Otherwise the calibration
+            is COLMAP's guess (EXIF, or a focal length of 1.2 x the longer side), which mapping refines.
+        threads: threads of the mapper; only 1 is reproducible.
     """
 
     ratios: tuple[float | None, ...] = RATIOS
@@ -225,7 +227,7 @@ class Reconstruct(Evaluation[Method, ReconstructResults]):
         check_ratios(self.ratios)
 
     def run(self, job: Job[Method]) -> ReconstructResults:
-        """Maps every scene with every ratio; images extracted, pairs matched and images mapped count one each."""
+        """Map every scene with every ratio; every extracted image, matched pair and mapped image counts as one step."""
         tasks = {
             scene.name: SceneTask(
                 images=scene.images,
@@ -240,7 +242,7 @@ class Reconstruct(Evaluation[Method, ReconstructResults]):
         return ReconstructResults(**shared, settings=settings, scenes=found)
 
     def table(self, found: Sequence[ReconstructResults]) -> Table:
-        """One row per scene, method and ratio; quantities that nobody has are left out."""
+        """One row per scene, method and ratio; quantities that no method has are left out."""
         scenes = _flat(found)
         shown = _shown(scenes)
         columns = [Column("scene"), Column("method"), Column("ratio", RATIO_MEANING)]
@@ -263,7 +265,7 @@ class Reconstruct(Evaluation[Method, ReconstructResults]):
 
 
 def _flat(found: Sequence[ReconstructResults]) -> list[tuple[str, str, str, ReconstructedScene]]:
-    """(scene, method, ratio, what was found), scene by scene."""
+    """(scene, method, ratio, results), scene by scene."""
     return [
         (scene, results.name, ratio, facts)
         for scene in found[0].scenes
@@ -273,7 +275,7 @@ def _flat(found: Sequence[ReconstructResults]) -> list[tuple[str, str, str, Reco
 
 
 def _shown(scenes: Sequence[tuple[str, str, str, ReconstructedScene]]) -> list[str]:
-    """Those of ``_COLUMNS`` that could be measured: errors need true cameras, dense points CUDA."""
+    """The ``_COLUMNS`` that could be measured: errors need ground-truth cameras, dense points need CUDA."""
     truth = any(facts.auc1 is not None for *_, facts in scenes)
     dense = any(facts.dense_points is not None for *_, facts in scenes)
     needs = {
@@ -291,14 +293,14 @@ def _identity(scene: Collection) -> dict[str, Any]:
 
 
 def _steps(scene: Collection) -> int:
-    """Pairs to match and images to map."""
+    """Number of pairs to match and images to map."""
     return len(scene.images) * (len(scene.images) + 1) // 2
 
 
 def _evaluate(
     scene: Collection, folder: Path, features: Callable[[str], Features], *, name: str, **options: Any
 ) -> ReconstructedScene:
-    """What is known of a scene's model, which is drawn as well; for the options see :func:`_reconstruct`."""
+    """Results of a scene, whose model is drawn as well; for the options see :func:`_reconstruct`."""
     model, facts = _reconstruct(scene, folder, features, **options)
     _show(scene, model, folder, f"{scene.name}, {name}")
     return ReconstructedScene(**facts, **_quality(model, scene.truth))
@@ -314,7 +316,7 @@ def _reconstruct(
     overwrite: bool,
     progress: Progress | None,
 ) -> tuple[pycolmap.Reconstruction, dict[str, Any]]:
-    """The model of a scene, and what is known of its images and matches."""
+    """The model of a scene, and counts of its features and verified pairs."""
     truth = (scene.truth or {}) if config["calibrated"] else {}
     pairs = list(combinations(scene.images, 2))
     counts, cameras = [], {}
@@ -342,7 +344,7 @@ def _reconstruct(
 
 
 def _quality(model: pycolmap.Reconstruction, truth: Mapping[str, PosedCamera] | None) -> dict[str, Any]:
-    """What the benchmark counts, and how far the poses are from the truth."""
+    """The benchmark's statistics, and the pose errors."""
     points = model.num_points3D()
     quality: dict[str, Any] = {
         "registered": model.num_reg_images(),
@@ -371,7 +373,7 @@ def _quality(model: pycolmap.Reconstruction, truth: Mapping[str, PosedCamera] | 
 
 
 def _show(scene: Collection, model: pycolmap.Reconstruction, folder: Path, title: str) -> None:
-    """Writes the page and the picture of a model; none of an empty one."""
+    """Write the page and the picture of a model, unless it is empty."""
     if not model.num_reg_images():
         return
     title = f"{title}: {model.num_reg_images()} of {len(scene.images)} images, {model.num_points3D():,} points"

@@ -1,1 +1,1 @@
-"""Feature extractors behind one interface, and the files that features are kept in."""
+"""Feature extractors behind one interface, and feature files."""

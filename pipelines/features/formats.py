@@ -40,11 +40,12 @@ COLMAP_ORIGIN = 0.5  # where COLMAP puts the centre of the top-left pixel, in x 
 
 
 class FeatureFile(Mapping[str, Features]):
-    """Features by image name of an HDF5 file of hloc's layout, read when asked for; descriptors [K, D] again.
+    """Features by image name of an HDF5 file in hloc's layout, read on demand; descriptors are transposed back to [K,
+    D].
 
     Raises:
-        OSError: no such file, or it is no HDF5 file.
-        ValueError: it holds no local features; and when asked for an image whose arrays do not fit together.
+        OSError: no such file, or not an HDF5 file.
+        ValueError: it holds no local features; on access, arrays of an image that do not fit together.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -72,10 +73,10 @@ class FeatureFile(Mapping[str, Features]):
 
 
 def write_features(file: h5py.File, name: str, features: Features) -> None:
-    """Adds a group that hloc reads: keypoints [K, 2], scores [K], descriptors [D, K] (transposed), image_size [2].
+    """Add a group as hloc reads it: keypoints [K, 2], scores [K], descriptors [D, K] (transposed), image_size [2].
 
-    Everything keeps its precision; hloc's own files may hold half floats, which is up to half a pixel for keypoints
-    beyond 1024. ``keypoints`` carries hloc's attribute ``uncertainty``, the localisation error in pixels.
+    Precision is kept; hloc's own files may hold half floats, which are up to half a pixel off beyond 1024.
+    ``keypoints`` carries hloc's attribute ``uncertainty``, the localisation error in pixels.
     """
     group = file.create_group(name)
     for key, values in features.items():
@@ -85,7 +86,7 @@ def write_features(file: h5py.File, name: str, features: Features) -> None:
 
 
 def read_features(file: h5py.File, name: str) -> Features:
-    """Features of one image of a file of hloc's layout, descriptors [K, D] again.
+    """Features of one image from a file in hloc's layout, descriptors transposed back to [K, D].
 
     Raises:
         KeyError: the file has no such image.
@@ -117,10 +118,9 @@ def _datasets(entry: h5py.Group | h5py.Dataset) -> list[str]:
 
 
 def write_matches(file: h5py.File, pair: tuple[str, str], found: Mapping[str, np.ndarray], count0: int) -> None:
-    """Adds a group that hloc reads as the matches of two images.
-
-    Its name is both names with ``-`` for ``/``, joined by ``/``. ``matches0`` int32 [count0] is the feature of the
-    second image for each of the first, or -1; ``matching_scores0`` float32 [count0] the dot product, or 0.
+    """Add a group that hloc reads as the matches of two images. Its name joins both image names, with ``-`` for ``/``,
+    by ``/``. ``matches0`` int32 [count0] is the feature of the second image for each of the first, or -1;
+    ``matching_scores0`` float32 [count0] the dot product, or 0.
 
     Args:
         file: open for writing.
@@ -142,7 +142,7 @@ def pair_group(pair: tuple[str, str]) -> str:
 
 
 def d2net_bytes(features: Features) -> bytes:
-    """An npz file as D2-Net writes it: ``keypoints`` [K, 2], ``scores`` [K], ``descriptors`` [K, D]."""
+    """Write an npz file like D2-Net's: ``keypoints`` [K, 2], ``scores`` [K], ``descriptors`` [K, D]."""
     buffer = io.BytesIO()
     keypoints, scores, descriptors = (features[key] for key in ("keypoints", "scores", "descriptors"))
     np.savez(buffer, keypoints=keypoints, scores=scores, descriptors=descriptors)
@@ -150,7 +150,7 @@ def d2net_bytes(features: Features) -> bytes:
 
 
 class KorniaFeatures(NamedTuple):
-    """What kornia's matchers and ``LocalFeature`` modules pass on.
+    """The tensors that kornia's matchers and ``LocalFeature`` modules exchange.
 
     Attributes:
         lafs: local affine frames, float32 [1, K, 2, 3].
@@ -167,8 +167,8 @@ def to_kornia(features: Mapping[str, Any], *, scale: float = 1.0) -> KorniaFeatu
     """Features, arrays or tensors, as kornia's local affine frames: upright, and all of one size.
 
     Args:
-        features: what ``SAMFeat.extract``, a method or :class:`FeatureFile` gives.
-        scale: of every frame, in pixels. SAMFeat measures no size of a keypoint.
+        features: as returned by ``SAMFeat.extract``, a method or :class:`FeatureFile`.
+        scale: scale of every frame, in pixels; SAMFeat's keypoints have none.
     """
     import torch
     from kornia.feature import laf_from_center_scale_ori
@@ -191,16 +191,16 @@ def write_colmap_database(
     cameras: Mapping[str, pycolmap.Camera] | None = None,
     verify: bool = True,
 ) -> dict[str, int]:
-    """Writes a database that COLMAP maps from: cameras, images, keypoints, descriptors, matches, verified geometry.
+    """Write a database for COLMAP's mapper: cameras, images, keypoints, descriptors, matches, verified geometry.
 
-    The file appears whole or not at all; one that exists is replaced. Keypoints are moved by half a pixel, to COLMAP's
-    origin at the corner of the image. Descriptors are float32 of the type ``UNDEFINED``: they are kept, but COLMAP's
-    own matchers know nothing of them (nor of a dot product), so matches must be given.
+    The file is written atomically; an existing one is replaced. Keypoints are moved by half a pixel, to COLMAP's
+    origin at the corner of the image. Descriptors are float32 of the type ``UNDEFINED``: COLMAP keeps them, but its
+    matchers cannot use them, so matches must be given.
 
     Args:
         path: the ``.db`` file.
-        images: file by name, in the order of their numbers. It is opened for a focal length in its EXIF data, and not
-            at all where ``cameras`` knows the image.
+        images: file by name, in the order of their numbers; opened for the focal length in its EXIF data, unless
+            ``cameras`` has the image.
         features: features by name, of every image; read one image at a time.
         matches: int [M, 2] by the names of the two images, every pair once, in either order.
         cameras: known cameras by image name; images with the very same object share one camera. Any other image gets
@@ -245,7 +245,7 @@ def _write_images(
     cameras: Mapping[str, pycolmap.Camera],
 ) -> dict[str, int]:
     numbers: dict[str, int] = {}
-    rigs: dict[int, tuple[int, pycolmap.sensor_t]] = {}  # by the identity of a camera: number of its rig, its sensor
+    rigs: dict[int, tuple[int, pycolmap.sensor_t]] = {}  # camera identity -> number of its rig, its sensor
     for name, image_path in images.items():
         stored = features[name]
         width, height = (int(length) for length in stored["image_size"])
@@ -256,7 +256,7 @@ def _write_images(
             )
         with pycolmap.DatabaseTransaction(database):
             rig, sensor = rigs.get(id(camera)) or _write_camera(database, camera)
-            if name in cameras:  # a guessed camera is used once, and its identity may come again
+            if name in cameras:  # a guessed camera is used once; its id may be reused
                 rigs[id(camera)] = rig, sensor
             number = database.write_image(pycolmap.Image(name=name, camera_id=sensor.id))
             frame = pycolmap.Frame()
@@ -275,7 +275,7 @@ def _write_images(
 
 
 def _write_camera(database: pycolmap.Database, camera: pycolmap.Camera) -> tuple[int, pycolmap.sensor_t]:
-    """A camera and the rig that holds nothing else, as COLMAP makes them of single images."""
+    """A camera and its trivial rig, as COLMAP makes them for single images."""
     sensor = pycolmap.sensor_t(pycolmap.SensorType.CAMERA, database.write_camera(camera))
     rig = pycolmap.Rig()
     rig.add_ref_sensor(sensor)
@@ -317,7 +317,7 @@ def _write_matches(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """COLMAP logs nothing short of a crash; what it raises about its database is an OSError."""
+    """Silence COLMAP's log, and turn its database errors into OSError."""
     level = pycolmap.logging.minloglevel
     pycolmap.logging.minloglevel = pycolmap.logging.Level.FATAL.value
     try:

@@ -1,4 +1,4 @@
-"""The registry of feature extractors: the student, OpenCV's, other authors' networks, features of a file."""
+"""The registry of feature extractors: the student, OpenCV's, other authors' networks, and feature files."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ def load_method(
     device: str = "auto",
     **options: Any,
 ) -> Method:
-    """A method by its name.
+    """Load a method by name.
 
     Args:
         name: ``samfeat``; ``sift`` or ``orb`` (:func:`samfeat.pipelines.features.opencv.load_opencv`); ``aliked``,
             ``disk`` or ``xfeat`` (:func:`samfeat.pipelines.features.peers.load_peer`); or the path of an HDF5 file of
             features (:func:`samfeat.pipelines.features.stored.stored_features`).
-        weights: weights of ``samfeat``, a file or a name (the student that ships where None), or the file of a peer;
-            the others have none.
+        weights: for ``samfeat``, a file or a name (None: the shipped student); for a peer, its file; the others have
+            none.
         max_keypoints: maximum number of keypoints per image, the best are kept. None leaves it to the weights file,
             keeps all keypoints of a feature file, and means 10,000 for the others.
-        device: where networks run: ``cpu``, ``cuda``, ``mps``, or ``auto``, which takes a CUDA GPU where there is one.
+        device: ``cpu``, ``cuda``, ``mps``, or ``auto`` for a CUDA GPU if there is one.
         **options: extraction options of ``samfeat`` that differ from those in the weights file, such as ``multiscale``
             (:class:`samfeat.student.extractor.ExtractionConfig`).
 

@@ -1,7 +1,7 @@
-"""Finished parts of an output file that cannot be written in one go: a run that is killed loses one of them.
+"""Finished parts of an output file, so that a killed run loses at most one of them.
 
-An HDF5 file need not survive that its writer is killed (3 of 60 did not, in a trial that wrote all the time). So every
-result is a small file of its own, in a folder beside the output, until all of them are packed at once.
+An HDF5 file may not survive its writer being killed (3 of 60 did not, in a trial that wrote continuously). So every
+result is a small file in a folder beside the output until all of them are packed at once.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ import numpy as np
 
 from samfeat.pipelines.files import read_json, umask, write_bytes, write_json
 
-# How h5py's messages begin where a file is damaged; that an object does not exist is none of them.
+# Beginnings of h5py's messages for damaged files; a missing object is not one of them.
 DAMAGE = re.compile(
     r"Unable to (?!.*(?:doesn't exist|component not found))|Can't |Unspecified error|Link iteration|Object visit"
 )
 
 
 class Parts:
-    """Dictionaries of arrays by key, in the folder ``.<output>.parts`` until they are :meth:`packed`.
+    """Dictionaries of arrays by key, kept in the folder ``.<output>.parts`` until they are :meth:`packed`.
 
     Args:
-        output: the file that they are parts of.
-        config: JSON values that they depend on.
+        output: the output file.
+        config: JSON values that the parts depend on.
 
     Raises:
         ValueError: the folder holds parts of another configuration.
@@ -63,16 +63,15 @@ class Parts:
             ) from None
 
     def add(self, key: str, arrays: Mapping[str, np.ndarray]) -> None:
-        """Keeps a part."""
+        """Store a part."""
         buffer = io.BytesIO()
         np.savez(buffer, **arrays)  # type: ignore[arg-type]  # numpy types one keyword of its own
         write_bytes(self._path(key), buffer.getvalue())
 
     @contextmanager
     def packed(self) -> Iterator[h5py.File]:
-        """A copy of the output (an empty HDF5 file where there is none) to write to; at the end it takes its place.
-
-        With that, the parts are deleted.
+        """A copy of the output (empty if there is none) to write to; at the end it replaces the output and the parts
+        are deleted.
         """
         partial = self.folder / "packed.h5"
         if self.output.exists():
@@ -86,12 +85,12 @@ class Parts:
         self.remove()
 
     def remove(self) -> None:
-        """Deletes all parts."""
+        """Delete all parts."""
         shutil.rmtree(self.folder)
 
     @staticmethod
     def discard(output: Path) -> None:
-        """Deletes the parts of ``output``, of whatever configuration."""
+        """Delete the parts of ``output``, whatever their configuration."""
         shutil.rmtree(_folder(output), ignore_errors=True)
 
     def _path(self, key: str) -> Path:
@@ -104,7 +103,7 @@ def _folder(output: Path) -> Path:
 
 
 def check_config(stored: Mapping[str, Any] | None, config: Mapping[str, Any], where: Path) -> None:
-    """Refuses to continue what was made with another configuration; None = nothing stored yet.
+    """Refuse to continue output of another configuration; None means nothing is stored yet.
 
     Raises:
         ValueError: naming the differences.
@@ -122,10 +121,10 @@ def check_config(stored: Mapping[str, Any] | None, config: Mapping[str, Any], wh
 
 @contextmanager
 def open_hdf5(path: Path) -> Iterator[h5py.File]:
-    """An HDF5 file to read.
+    """Open an HDF5 file for reading.
 
     Raises:
-        OSError: it is absent, something else, or damaged, be that found when it is opened or inside the block.
+        OSError: it is missing, not HDF5, or damaged, whether noticed on opening or inside the block.
     """
     try:
         file = h5py.File(path, "r")
@@ -143,7 +142,7 @@ def open_hdf5(path: Path) -> Iterator[h5py.File]:
 
 
 def read_config(file: h5py.File) -> dict[str, Any] | None:
-    """The configuration that a file of ours was made with; None in files of other programs.
+    """The configuration recorded in our files; None for files of other programs.
 
     Raises:
         ValueError: it is not a JSON object.

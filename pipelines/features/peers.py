@@ -33,14 +33,14 @@ _Network = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]  # images [1, 3, H,
 def load_peer(
     name: str, weights: str | Path | None = None, *, max_keypoints: int | None = None, device: str = "auto"
 ) -> Method:
-    """A network of other authors, with the parameters that kornia publishes it with.
+    """Load another author's network, with kornia's default parameters.
 
     Keypoints are (x, y) with (0, 0) at the centre of the top-left pixel, as everywhere; XFeat's, which kornia scales
-    from a resized image without regard to pixel centres, are moved by (scale - 1) / 2. Descriptors have unit length.
+    from a resized image without regard to pixel centres, are shifted by (scale - 1) / 2. Descriptors have unit length.
 
     Args:
         name: ``aliked``, ``disk`` or ``xfeat``.
-        weights: the authors' file. It says which ALIKED it is.
+        weights: the authors' file, which also determines the variant of ALIKED.
         max_keypoints: maximum number of keypoints, the best are kept; None means ``MAX_KEYPOINTS``.
         device: ``cpu``, ``cuda``, or ``auto``, which uses a GPU if there is one.
 

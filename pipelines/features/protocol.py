@@ -19,14 +19,14 @@ MAX_KEYPOINTS = 10_000  # of every method but samfeat, where the caller sets no 
 
 @dataclass(frozen=True)
 class Method:
-    """A feature extractor: uint8 [H, W, 3] in RGB to features.
+    """A feature extractor, from uint8 [H, W, 3] in RGB to features.
 
     Attributes:
         name: short name, part of file names.
-        config: JSON values that identify the method and all that its features depend on.
+        config: JSON values that identify the method and everything its features depend on.
         extract: the function itself.
         maps: dense maps of uint8 [H, W, 3], by their name in :data:`samfeat.pipelines.pictures.overlays.MAPS`;
-            None where a method has none to show.
+            None if the method has none.
     """
 
     name: str
@@ -57,12 +57,12 @@ def choose_device(device: str) -> str:
 
 
 def shrunk(method: Method, max_size: int) -> Method:
-    """The same method on images of at most ``max_size`` pixels on their longer side, with keypoints at full size.
+    """The same method on images shrunk to ``max_size`` pixels on the longer side, with keypoints at full size.
 
     Larger images are resized by area, as hloc's ``resize_max`` does; points are mapped back by pixel centres.
 
     Raises:
-        ValueError: no pixel allowed.
+        ValueError: ``max_size`` below 1.
     """
     if max_size < 1:
         raise ValueError(f"max_size must be at least 1, got {max_size}")

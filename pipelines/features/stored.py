@@ -1,4 +1,4 @@
-"""Features that another program wrote, behind the interface of a method."""
+"""Feature files of other programs, behind the interface of a method."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SUFFIXES = (".h5", ".hdf5")
 
 @dataclass(frozen=True, kw_only=True)
 class StoredFeatures(Method):
-    """Features that another program wrote, in hloc's HDF5 layout, by the names of the images.
+    """Features of another program in hloc's HDF5 layout, by image name.
 
     They are looked up by name, not computed from an image; ``extract`` raises an error.
 
@@ -37,10 +37,10 @@ class StoredFeatures(Method):
         """The name in the file of each of ``names``.
 
         An image named ``church/a.jpg`` may lack the folder of its scene in the file, as ``extract church/`` names it,
-        where no other one of ``names`` could be meant.
+        if no other one of ``names`` could be meant.
 
         Raises:
-            ValueError: the file has no features of some of them, or it does not say of which.
+            ValueError: features of some are missing or ambiguous.
             OSError: the file is damaged.
         """
         names = list(names)
@@ -67,7 +67,7 @@ class StoredFeatures(Method):
         """Features of an image: keypoints and descriptors, plus scores and image_size if the file has them.
 
         Raises:
-            ValueError: the file has none of that name, or they are not [K, 2], [D, K] and scores [K] of one K.
+            ValueError: no features of that name, or shapes other than [K, 2], [D, K] and scores [K] with the same K.
             OSError: the file is damaged.
         """
         with open_hdf5(self.path) as file:
@@ -119,7 +119,7 @@ def stored_features(path: str | Path, *, max_keypoints: int | None = None) -> St
     """A method backed by a feature file, named after the file.
 
     Args:
-        path: HDF5 in hloc's layout: one group an image with ``keypoints`` [K, 2], (x, y) with (0, 0) at the centre of
+        path: HDF5 in hloc's layout: one group per image with ``keypoints`` [K, 2], (x, y) with (0, 0) at the centre of
             the top-left pixel, and ``descriptors`` [D, K], which are compared by their dot product.
         max_keypoints: maximum keypoints per image, by score; None keeps all.
 

@@ -1,1 +1,1 @@
-"""Pictures, charts and pages: from arrays to what people look at."""
+"""Pictures, charts and HTML pages."""

@@ -1,6 +1,5 @@
-"""Curves and bars by matplotlib: as PNG for documents, as SVG for pages.
-
-Colours are Okabe and Ito's, which people of all kinds of colour vision can tell apart.
+"""Line and bar charts by matplotlib: PNG for documents, SVG for pages. Colours are Okabe and Ito's palette, which is
+safe for colour-blind readers.
 """
 
 from __future__ import annotations
@@ -23,11 +22,11 @@ Points = Sequence[tuple[float, float]]
 
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#882255", "#777777")
 SMOOTHING = 0.15  # of a line, the window of the running mean
-MARKED = 40  # a line of fewer points shows each of them
+MARKED = 40  # shorter lines show every point
 
 
 def svg(figure: Figure) -> bytes:
-    """A figure as an SVG file without a background, the same bytes for the same figure."""
+    """A figure as an SVG file without a background; reproducible byte for byte."""
     from matplotlib import rc_context
 
     data = io.BytesIO()
@@ -37,20 +36,20 @@ def svg(figure: Figure) -> bytes:
 
 
 def png(figure: Figure) -> bytes:
-    """A figure as a PNG file on white."""
+    """A figure as a PNG file on a white background."""
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=150)
     return data.getvalue()
 
 
 def save_figure(stem: str | Path, figure: Figure) -> None:
-    """Writes ``<stem>.png`` and ``<stem>.svg``."""
+    """Write ``<stem>.png`` and ``<stem>.svg``."""
     write_bytes(f"{stem}.png", png(figure))
     write_bytes(f"{stem}.svg", svg(figure))
 
 
 def smoothed(points: Points) -> list[tuple[float, float]]:
-    """Running means over ``SMOOTHING`` of all points: single batches differ more than learning changes."""
+    """Running means over a window of ``SMOOTHING`` of all points, since single batches are noisy."""
     width = max(1, round(SMOOTHING * len(points)))
     if width == 1:
         return list(points)
@@ -64,9 +63,9 @@ class LinePlot(NamedTuple):
 
     Attributes:
         title: what the values are.
-        lines: points (step, value) by name, steps ascending; values that cannot be drawn are left out.
-        logarithmic: whether the axis of the values is; else it starts at 0.
-        shares: the values are shares, and the axis runs from 0 to 100 %.
+        lines: points (step, value) by name, in ascending order; values that cannot be drawn are left out.
+        logarithmic: logarithmic value axis; otherwise it starts at 0.
+        shares: values are shares, on an axis from 0 to 100 %.
         running_mean: draw :func:`smoothed` values over faint ones.
     """
 
@@ -77,7 +76,7 @@ class LinePlot(NamedTuple):
     running_mean: bool = False
 
     def drawable(self) -> dict[str, list[tuple[float, float]]]:
-        """The lines without what cannot be drawn, and without those of which nothing is left."""
+        """The lines without values that cannot be drawn, and without empty lines."""
         least = 0.0 if self.logarithmic else -math.inf
         finite = {
             name: [(step, value) for step, value in points if math.isfinite(value) and value > least]
@@ -87,7 +86,7 @@ class LinePlot(NamedTuple):
 
 
 def line_chart(plot: LinePlot) -> Figure:
-    """One plot without its title."""
+    """A single plot without a title."""
     figure, (axes,) = _plots(1, 1, (4.5, 2.9))
     _draw_lines(axes, plot)
     return figure
@@ -137,7 +136,7 @@ def _draw_lines(axes: Axes, plot: LinePlot) -> None:
 
 
 def mma_chart(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
-    """Mean matching accuracy over the threshold, one plot for every subset, one line for every method.
+    """Mean matching accuracy over the threshold: one plot per subset, one line per method.
 
     Args:
         curves: accuracies in [0, 1] at 1, 2, ... pixels, by method and then by subset, such as
@@ -166,10 +165,10 @@ def error_chart(
     """Share of pairs whose error is below a limit, over the limit; and the area under that curve, as bars.
 
     Args:
-        errors: by method, one error a pair, infinity for a failure.
+        errors: by method, one error per pair; infinity for a failure.
         areas: by method, the area up to each threshold, in [0, 1].
-        thresholds: ascending; the last one ends the curve.
-        xlabel: what the error is, with its unit.
+        thresholds: ascending; the curve ends at the last one.
+        xlabel: label of the error, with its unit.
     """
     figure, (curve, bars) = _plots(1, 2, (10, 4.2), sharey=True, width_ratios=(3, 2))
     width = 0.8 / max(1, len(errors))
@@ -189,7 +188,7 @@ def error_chart(
 def precision_recall_chart(
     curves: Mapping[str, tuple[Sequence[float], Sequence[float], tuple[float, float, float]]],
 ) -> Figure:
-    """Precision over recall, one line a method with a mark at its best F, over lines of equal F.
+    """Precision-recall curves, one per method with its best F marked, over lines of equal F.
 
     Args:
         curves: by method, recalls, precisions, and the best point: precision, recall, F.
@@ -208,10 +207,10 @@ def precision_recall_chart(
 
 
 def bar_chart(panels: Mapping[str, Mapping[str, Mapping[str, float | None]]]) -> Figure:
-    """Bars: one plot for every quantity, in it one group for every scene with one bar for every method.
+    """Bar charts: one plot per quantity, one group per scene, one bar per method.
 
     Args:
-        panels: values by quantity, scene and method; None has no bar, and a quantity that nobody has has no plot.
+        panels: values by quantity, scene and method; None has no bar; a quantity without values has no plot.
     """
 
     def known(scenes: Mapping[str, Mapping[str, float | None]]) -> bool:
@@ -257,5 +256,5 @@ def _plots(
 
 
 def _color(number: int) -> str:
-    """Of a method, the same one in every plot; after those of the palette come matplotlib's own."""
+    """Colour of a method, the same in every plot; matplotlib's cycle follows the palette."""
     return PALETTE[number] if number < len(PALETTE) else f"C{number}"

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 GREEN, RED, YELLOW = (60, 200, 90), (225, 65, 60), (255, 210, 60)
 INK, PAPER = (30, 30, 30), (255, 255, 255)
-WORST = 5.0  # pixels, the error from which on a match is plain red
-MOST = 100  # matches of a picture; more lines than that hide the images
+WORST = 5.0  # pixels; matches with at least this error are plain red
+MOST = 100  # matches per picture; more lines would hide the images
 OPACITY = 0.6  # of the line of a match
 LEAST = 320  # pixels, minimum side of an image before anything is drawn over it
 _SHIFT = 4  # OpenCV draws in fixed point: coordinates in 1 / 2**_SHIFT pixels
@@ -41,8 +41,8 @@ def draw_matches(
         image1: right image, uint8 [H1, W1, 3]; the shorter of the two is padded below.
         points0: [M, 2] in the left image.
         points1: [M, 2] in the right image, row by row the matches of ``points0``.
-        colors: uint8 [M, 3], such as :func:`inlier_colors` or :func:`error_colors` give; green where left out. Later
-            rows are drawn over earlier ones.
+        colors: uint8 [M, 3], such as :func:`inlier_colors` or :func:`error_colors` give; green by default. Later rows
+            are drawn on top.
     """
     gap = 8
     height = max(len(image0), len(image1))
@@ -73,7 +73,7 @@ def draw_errors(
     worst: float = WORST,
     most: int = MOST,
 ) -> np.ndarray:
-    """:func:`draw_matches` coloured by error: ``most`` of them, chosen once and for all, the best ones on top.
+    """:func:`draw_matches` coloured by error: a fixed random choice of ``most`` matches, the best on top.
 
     Args:
         image0: see :func:`draw_matches`.
@@ -82,7 +82,7 @@ def draw_errors(
         points1: see :func:`draw_matches`.
         errors: [M], see :func:`error_colors`.
         worst: see :func:`error_colors`.
-        most: number of matches to draw, at random, so that right and wrong ones have their fair share.
+        most: maximum number of matches to draw, chosen at random so that right and wrong ones are fairly represented.
     """
     chosen = np.random.default_rng(0).permutation(len(errors))[:most]
     chosen = chosen[np.argsort(-errors[chosen], kind="stable")]
@@ -91,7 +91,7 @@ def draw_errors(
 
 
 def draw_keypoints(image: np.ndarray, keypoints: np.ndarray, scores: np.ndarray | None = None) -> np.ndarray:
-    """Circles about keypoints [K, 2]; with scores [K], coloured by rank, from blue to yellow, best on top."""
+    """Circles around keypoints [K, 2]; with scores [K], coloured by rank, from blue to yellow, best on top."""
     canvas = image.copy()
     if scores is None or len(keypoints) == 0:
         colors = np.tile(np.array(GREEN, np.uint8), (len(keypoints), 1))
@@ -121,8 +121,8 @@ def color_groups(groups: np.ndarray, image: np.ndarray | None = None) -> np.ndar
     """A label map in distinct colours, outlined.
 
     Args:
-        groups: integer [H, W]; equal labels have equal colours in every picture, 0 (no group) is black.
-        image: uint8 [H, W, 3] to blend the colours with; pixels of no group then show the image darkened.
+        groups: integer [H, W]; a label has the same colour in every picture; 0 (no group) is black.
+        image: uint8 [H, W, 3] to blend with the colours; pixels without a group then show the darkened image.
     """
     labels, index = np.unique(groups, return_inverse=True)
     hue = labels * 0.61803398875 % 1.0  # the golden ratio spreads consecutive labels over the circle
@@ -138,12 +138,12 @@ def color_groups(groups: np.ndarray, image: np.ndarray | None = None) -> np.ndar
 
 
 def pca_rgb(embeddings: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """The three strongest principal components of embeddings as red, green and blue, the same ones for all of them.
+    """The first three principal components of embeddings as red, green and blue, shared by all of them.
 
     Each component runs from its 1st to its 99th percentile; missing and constant ones are zero.
 
     Args:
-        embeddings: [C, h, w], of one C.
+        embeddings: [C, h, w], all with the same C.
 
     Returns:
         uint8 [h, w, 3] for each.
@@ -180,7 +180,7 @@ def color_map(
 
 
 def enlargement(image: np.ndarray) -> int:
-    """Whole factor that makes room for circles and lines on small images [H, W, 3]."""
+    """Integer factor that makes small images [H, W, 3] large enough for circles and lines."""
     return -(-LEAST // min(image.shape[:2]))
 
 
@@ -200,7 +200,7 @@ def panel(rows: Sequence[Sequence[tuple[str, np.ndarray]]], *, height: int = 240
     """One sheet of titled pictures.
 
     Args:
-        rows: rows of (title, uint8 [H, W, 3]); pictures of one row need not agree in size.
+        rows: rows of (title, uint8 [H, W, 3]); pictures of a row may differ in size.
         height: every picture is scaled to this height in pixels.
     """
     strips = []
@@ -225,7 +225,7 @@ def save_png(path: str | Path, image: np.ndarray) -> Path:
 
 
 def _line_width(image: np.ndarray) -> int:
-    """Pixels that are seen when an image of this size is shown in a window."""
+    """Line width in pixels that stays visible when an image of this size is shown in a window."""
     return max(1, round(min(image.shape[:2]) / 480))
 
 
@@ -241,12 +241,12 @@ def _scaled(image: np.ndarray, height: int) -> np.ndarray:
 
 
 def captioned(picture: np.ndarray, title: str, legend: Sequence[tuple[str, tuple[int, int, int]]] = ()) -> np.ndarray:
-    """A picture with a title above it, and below the title what the colours mean.
+    """A picture with a title above it, and a legend below the title.
 
     Args:
         picture: uint8 [H, W, 3].
-        title: one line, shortened where the picture is too narrow for it.
-        legend: (meaning, colour); none means no such line.
+        title: one line, shortened if the picture is too narrow.
+        legend: (meaning, colour); empty for no legend.
     """
     from PIL import Image, ImageDraw
 
@@ -299,7 +299,7 @@ def _font(size: int) -> FreeTypeFont:
 
 
 def _shortened(text: str, font: FreeTypeFont, width: int) -> str:
-    """As much of a text as fits, with an ellipsis where something is missing."""
+    """As much of a text as fits, with an ellipsis if it is cut."""
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(f"{text}…") > width:

@@ -10,7 +10,7 @@ import numpy as np
 
 from samfeat.pipelines.pictures.draw import color_map, draw_keypoints, enlarged, enlargement, with_scale
 
-SHOWN = 500  # keypoints; more circles than that hide the image
+SHOWN = 500  # keypoints; more circles would hide the image
 MAPS: dict[str, tuple[str, str, float | None, float | None]] = {
     "heatmap": ("heat-map", "inferno", 0, 1),
     "attention": ("attention", "viridis", None, None),
@@ -24,13 +24,13 @@ def feature_tiles(
 ) -> list[tuple[str, np.ndarray]]:
     """Titled pictures of one height for :func:`samfeat.pipelines.pictures.draw.panel`: keypoints, then every map.
 
-    Every picture has the scale of its colours beside it.
+    Every picture has its colour scale beside it.
 
     Args:
         image: uint8 [H, W, 3].
         features: ``keypoints`` [K, 2] and ``scores`` [K], in any order. The ``SHOWN`` best ones are drawn, coloured by
             rank from blue to yellow; without scores, the first ones in green.
-        maps: those of ``MAPS`` that there are, float [h, w] of any size.
+        maps: any of ``MAPS``, float [h, w] of any size.
     """
     factor = enlargement(image)
     large = enlarged(image, factor) if factor > 1 else image
@@ -62,7 +62,7 @@ def feature_tiles(
 def overlay(
     image: np.ndarray, values: np.ndarray, cmap: str, low: float | None = None, high: float | None = None
 ) -> np.ndarray:
-    """A map [h, w] in colours over an image [H, W, 3] in grey, three parts to one."""
+    """A coloured map [h, w] over a grey image [H, W, 3], blended three to one."""
     colors = color_map(cv2.resize(values, image.shape[1::-1], interpolation=cv2.INTER_LINEAR), cmap, low=low, high=high)
     grey = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
     return cv2.addWeighted(colors, 0.75, grey, 0.25, 0)

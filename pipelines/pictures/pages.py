@@ -1,6 +1,6 @@
 """Self-contained HTML pages from the templates in this folder; each is one file without external resources.
 
-Everything that is put into a template is escaped. Pages follow the reader's light or dark scheme, and fit any window.
+All values are escaped. Pages follow the reader's light or dark scheme and fit any window.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ class Picture(NamedTuple):
     """A picture of a page.
 
     Attributes:
-        title: a line below it.
+        title: caption below it.
         source: its data, as a ``data:`` address.
-        alt: what it shows, for those who cannot see it.
-        plot: whether it is a drawing on a transparent background, whose black lines turn white in the dark.
+        alt: alternative text.
+        plot: whether it is a drawing on a transparent background, whose black lines turn white in dark mode.
     """
 
     title: str
@@ -38,12 +38,12 @@ def photograph(title: str, picture: np.ndarray, *, alt: str = "") -> Picture:
 
 
 def plot(title: str, svg: bytes, *, alt: str) -> Picture:
-    """A drawing on a transparent background. A browser runs nothing that an embedded SVG may hold."""
+    """A drawing on a transparent background; browsers do not run scripts inside an SVG used as an image."""
     return Picture(title, f"data:image/svg+xml;base64,{_base64(svg)}", alt, plot=True)
 
 
 def render(template: str, **values: Any) -> bytes:
-    """A whole page: the template of that name, filled."""
+    """Render the page template of that name."""
     return _templates().get_template(f"{template}.html").render(**values).encode()
 
 

@@ -1,4 +1,4 @@
-"""Tables of results: for a terminal and a repository as Markdown, for a page with the best values marked."""
+"""Tables of results: as Markdown, and for pages with the best values marked."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ Cell = str | float | None
 
 
 class Column(NamedTuple):
-    """A column of numbers, or of names where it has no format.
+    """A column of numbers, or of text if it has no format.
 
     Attributes:
         title: its head.
-        meaning: a sentence for a reader who does not know the benchmark.
+        meaning: a sentence for readers who do not know the benchmark.
         form: format of its numbers; empty for text.
-        best: which of its numbers is the best one; empty where neither is.
+        best: whether the largest or the smallest number is best; empty if neither.
     """
 
     title: str
@@ -28,15 +28,15 @@ class Table(NamedTuple):
     """Results of several methods.
 
     Attributes:
-        columns: heads; one of them is ``method``, other columns of text say what its row was measured on.
-        rows: one cell per column; None for a number that is not known.
+        columns: column heads; one is ``method``, and other text columns say what a row was measured on.
+        rows: one cell per column; None for an unknown number.
     """
 
     columns: Sequence[Column]
     rows: Sequence[Sequence[Cell]]
 
     def text(self) -> list[list[str]]:
-        """The cells as they are printed."""
+        """The cells as printed."""
         return [
             [
                 "-" if value is None else format(value, column.form) if column.form else str(value)
@@ -46,7 +46,7 @@ class Table(NamedTuple):
         ]
 
     def best(self) -> set[tuple[int, int]]:
-        """(row, column) of the best printed numbers among the methods that were measured on the same thing."""
+        """(row, column) of the best printed numbers among methods measured on the same thing."""
         printed = self.text()
         groups: dict[tuple[str, ...], list[int]] = {}
         for number, row in enumerate(printed):
