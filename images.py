@@ -1,4 +1,4 @@
-"""The one reader of photographs: what a file or a picture looks like as an array, whoever asks.
+"""The one reader of photographs, from files and pictures to arrays.
 
 The teacher's cache, the student and the command line all read through here, so that they see the same pixels.
 """
@@ -39,7 +39,7 @@ ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)  # the EXIF tag, and its values that 
 
 
 def load_image(path: str | os.PathLike[str]) -> np.ndarray:
-    """Reads an image file as the command line does: uint8 [H, W, 3] in RGB, upright, transparency over white.
+    """Read an image file as the command line does: uint8 [H, W, 3] in RGB, upright, transparency over white.
 
     Args:
         path: the file.
@@ -54,7 +54,7 @@ def load_image(path: str | os.PathLike[str]) -> np.ndarray:
 def read_image(
     source: str | Path | UPath | bytes, *, name: str | None = None, max_pixels: int = MAX_PIXELS, upright: bool = True
 ) -> np.ndarray:
-    """Reads a photograph as uint8 [H, W, 3] in RGB, upright by default.
+    """Read a photograph as uint8 [H, W, 3] in RGB, upright by default.
 
     Grey, palette and CMYK images become RGB, transparency is laid over white, the EXIF orientation is applied, and of
     several frames the first is read. 16 bits are scaled to 8: values that use the whole range by 255 / 65535, others
@@ -62,8 +62,8 @@ def read_image(
 
     Args:
         source: a path, a URL, or the bytes of a file.
-        name: what error messages call the image; by default its path.
-        max_pixels: larger images are refused before they are decoded.
+        name: name of the image in error messages; its path by default. max_pixels: larger images are refused before
+            they are decoded.
         upright: whether the EXIF orientation is applied; COLMAP, for one, does not.
 
     Raises:
@@ -121,7 +121,7 @@ class Listing(NamedTuple):
     Attributes:
         images: paths of the photographs relative to the folder, with forward slashes, sorted.
         left_out: one line for each kind of file that is not read, with its number and an example.
-        unnamed: photographs whose names are not UTF-8, which no store and no file of features can hold.
+        unnamed: photographs whose names are not UTF-8, which neither stores nor feature files can hold.
     """
 
     images: list[str]
@@ -130,7 +130,7 @@ class Listing(NamedTuple):
 
 
 def list_images(folder: Path | UPath) -> Listing:
-    """The photographs in a folder and its sub-folders, those behind links included, each folder once.
+    """The photographs in a folder and its sub-folders, following links, each folder once.
 
     Hidden files are not counted among those left out.
     """

@@ -27,10 +27,10 @@ class HomographyConfig:
     """Distribution of random homographies; lengths are fractions of the image side, the defaults the published ones.
 
     Attributes:
-        patch: side of the centred square that the image's corners are moved to before anything is random.
+        patch: side of the centred square that the image's corners are moved to before any random change.
         perspective: bound of the uniform corner displacements, below ``patch / 2`` so that the image stays convex.
         scale: bounds of the uniform scale factor.
-        unscaled: probability of the scale factor 1 instead.
+        unscaled: probability of a scale factor of 1.
         overflow: how far a translation may push the quadrangle out of the image.
         rotation: bound of the uniform rotation angle, in radians.
     """
@@ -62,8 +62,8 @@ class ViewConfig:
     """Two windows onto a crop, both seen through homographies; see :func:`sample_views`.
 
     Attributes:
-        size: side of the square windows in pixels, a multiple of 8; 0 uses no windows: the views are the crop itself
-            and its homography.
+        size: side of the square windows in pixels, a multiple of 8; 0 disables windows: the views are the crop and a
+            homography of it.
         scale: largest ratio of the two views' scales; log-uniform.
         rotation: largest angle between the two views, in radians; small angles are more likely.
         tilt: largest angle between the image plane and the right view, in radians; uniform.
@@ -97,7 +97,7 @@ class WarpedTargets(NamedTuple):
     """Targets seen through a homography.
 
     Attributes:
-        embedding: [B, C, h, w], on a cell grid over the warped image; zero in cells that show nothing of the source.
+        embedding: [B, C, h, w], on a cell grid over the warped image; zero in cells outside the source.
         groups: integer [B, H, W], the source's own labels; 0 outside.
         edges: float [B, H, W]; 0 outside.
         valid: bool [B, H, W], whether the pixel shows a pixel of the source.
@@ -243,10 +243,10 @@ def _shift(by: Float[Tensor, "b 2"]) -> Float[Tensor, "b 3 3"]:
 
 
 def warp_points(points: Float[Tensor, "b n 2"], homographies: Float[Tensor, "b 3 3"]) -> Float[Tensor, "b n 2"]:
-    """Points (x, y) under homographies. Points on the horizon come out huge, but finite."""
+    """Points (x, y) under homographies. Points on the horizon become huge, but stay finite."""
     px, py = points.unbind(-1)
     rows = homographies.to(points.dtype).unsqueeze(-1).unbind(1)
-    # products and sums instead of a matmul: neither autocast nor TF32 may touch coordinates
+    # products and sums instead of a matmul, so that autocast and TF32 leave coordinates alone
     x, y, z = (row[:, 0] * px + row[:, 1] * py + row[:, 2] for row in rows)
     z = torch.where(z.abs() < 1e-8, 1e-8, z)
     return torch.stack([x / z, y / z], dim=-1)
@@ -258,7 +258,7 @@ def warp(
     *,
     mode: Literal["bilinear", "nearest"] = "bilinear",
 ) -> Float[Tensor, "b c H W"]:
-    """Images seen through homographies, on a canvas of their own size, with zeros where nothing maps to."""
+    """Images seen through homographies, on a canvas of their own size, with zeros outside."""
     height, width = images.shape[-2:]
     return _sample(images, _sources(homographies, (height, width), (height, width)), mode=mode, border="zeros")
 
@@ -294,7 +294,7 @@ def warp_targets(
     from the nearest pixel so that labels survive.
 
     Args:
-        embedding: one vector a cell; the h x w cells cover exactly the H x W pixels.
+        embedding: one vector per cell; the h x w cells cover exactly the H x W pixels.
         groups: label map.
         edges: edge strength, any range.
         homographies: clean to warped pixels.
@@ -340,7 +340,7 @@ def photometric(
     rows: Int[Tensor, " b"] | None = None,
     drawn: int = 0,
 ) -> Float[Tensor, "b 3 H W"]:
-    """Photometric noise, drawn for each image on its own.
+    """Photometric noise, drawn independently per image.
 
     Brightness +-50, contrast 0.5 to 1.5 about the middle grey, Gaussian noise (equal in all channels) of deviation 0 to
     10, impulse noise on up to 0.35 % of the values, and in half of the images a motion blur over 3 pixels.
@@ -348,9 +348,9 @@ def photometric(
     Args:
         images: values in [0, 255].
         generator: source of all draws, on any device.
-        probability: share of the images that change at all.
-        rows, drawn: the images are ``rows`` of a larger batch of ``drawn`` images, and are to change as there; the
-            draws of the others are thrown away. None: they are the whole batch.
+        probability: probability that an image is changed.
+        rows, drawn: the images are ``rows`` of a larger batch of ``drawn`` images, and are changed as they would be
+            there; draws for the others are discarded. None: they are the whole batch.
 
     Returns:
         new images, values in [0, 255].
@@ -390,7 +390,7 @@ def relight(
     rows: Int[Tensor, " b"] | None = None,
     drawn: int = 0,
 ) -> Float[Tensor, "b 3 H W"]:
-    """Other light and another camera, drawn per image: stronger than :func:`photometric`.
+    """Changes of light and camera, drawn per image; stronger than :func:`photometric`.
 
     Gamma 0.5 to 2, gains of 0.8 to 1.25 a channel, contrast 0.6 to 1.4 about the image's mean, brightness +-30; in 30 %
     of the images a smooth shadow or highlight of 0.4 to 1.4, in 40 % a Gaussian blur of up to 2 pixels, in half of them
@@ -431,11 +431,10 @@ def relight(
 
 
 def _blur(images: Float[Tensor, "b c h w"], sigmas: Float[Tensor, "b 1"]) -> Float[Tensor, "b c h w"]:
-    """Each image under a Gaussian of its own deviation, 0 to :data:`MOST_BLUR` pixels; a deviation of 0 copies it."""
-    offsets = torch.arange(-5, 6, device=images.device, dtype=images.dtype)
-    kernels = torch.exp(-0.5 * (offsets / sigmas.clamp(min=1e-3)).square())
-    kernels = kernels / kernels.sum(1, keepdim=True)
-    if images.device.type == "cpu":  # 3.5 times as fast as a convolution per channel, and most images need none
+    """Blur each image with a Gaussian of its own deviation, 0 to :data:`MOST_BLUR` pixels; a deviation of 0 copies
+    it.""" offsets = torch.arange(-5, 6, device=images.device, dtype=images.dtype) kernels = torch.exp(-0.5 * (offsets /
+    sigmas.clamp(min=1e-3)).square()) kernels = kernels / kernels.sum(1, keepdim=True) if images.device.type == "cpu":
+    # 3.5 times as fast as a convolution per channel, and most images need none
         blurred = images.clone()
         for row in np.flatnonzero(sigmas.numpy()):
             pixels, taps = images[row].permute(1, 2, 0).contiguous().numpy(), kernels[row].numpy()
@@ -450,7 +449,7 @@ def _blur(images: Float[Tensor, "b c h w"], sigmas: Float[Tensor, "b 1"]) -> Flo
 
 
 def _sources(homographies: Tensor, size: tuple[int, int], cells: tuple[int, int]) -> Tensor:
-    """[B, h, w, 2]: where in the source image (pixels) the centres of h x w cells over the warped image come from."""
+    """[B, h, w, 2]: source pixels of the centres of h x w cells over the warped image."""
     (height, width), (rows, columns) = size, cells
     device = homographies.device
     x = (torch.arange(columns, device=device, dtype=torch.float32) + 0.5) * (width / columns) - 0.5
@@ -469,7 +468,7 @@ def _sample(maps: Tensor, points: Tensor, size: tuple[int, int] | None = None, *
 
 
 def _inside(points: Tensor, size: tuple[int, int]) -> Tensor:
-    """Whether points fall on a pixel of an image, each pixel being a unit square about its centre."""
+    """Whether points lie inside an image, whose pixels are unit squares around their centres."""
     height, width = size
     x, y = points.unbind(-1)
     return (x >= -0.5) & (x < width - 0.5) & (y >= -0.5) & (y < height - 0.5)

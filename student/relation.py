@@ -2,8 +2,8 @@
 
 The relation matrices of an image have (h w)^2 entries, 6.25 million at 400 x 400 pixels, and are never stored whole.
 With unit features s and t, the difference is D = R' - R = [s, t] [s, -t]^T, the loss sum(e^W |D|) / Z and its gradient
-by s simply 2 / Z (e^W sign(D)) s. So one pass over row tiles gives both, and as D and W are symmetric, it takes only
-the tiles on and right of the diagonal. On CUDA the pass is :mod:`samfeat.student.relation_triton`.
+with respect to s simply 2 / Z (e^W sign(D)) s. So one pass over row tiles gives both, and as D and W are symmetric, it
+takes only the tiles on and right of the diagonal. On CUDA the pass is :mod:`samfeat.student.relation_triton`.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def feature_distillation_loss(
     """Mean absolute difference between the features (direct semantic feature distillation, Table V).
 
     The features are compared as they are, without normalisation, as an unused loss of the released code does: the
-    student's last layer is linear and free to take the teacher's scale, and "direct" means that it shall.
+        student's last layer is linear, so it can match the teacher's scale.
 
     Args:
         student: distillation feature of the student.
@@ -98,7 +98,7 @@ def feature_distillation_loss(
 
 
 class _RelationGap(torch.autograd.Function):
-    """Loss of every image, [b], from features [b, c, h, w]; the gradient by them is made on the way."""
+    """Loss of every image, [b], from features [b, c, h, w]; computes their gradient in the same pass."""
 
     @staticmethod
     def forward(
@@ -125,7 +125,7 @@ class _RelationGap(torch.autograd.Function):
 
 
 def _fused_gap(features: Tensor, targets: Tensor, dtype: torch.dtype) -> Callable[..., Any] | None:
-    """What does ``_gap_of_images`` in one go; None off CUDA, without Triton, or with more channels than it can take."""
+    """The fused form of ``_gap_of_images``; None without CUDA or Triton, or with too many channels."""
     if not features.is_cuda or torch.version.hip is not None:
         return None
     try:
@@ -145,7 +145,7 @@ def _gap_of_images(
     mask: Bool[Tensor, "b h w"],
     dtype: torch.dtype,
 ) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"], Float[Tensor, "b n c"]]:
-    """Halves of sum(e^W |D|) and of Z of every image, and half of the sum's derivative by the features.
+    """Halves of sum(e^W |D|) and of Z of every image, and half of the sum's derivative with respect to the features.
 
     Args:
         features: of the student, any float dtype.
@@ -165,7 +165,7 @@ def _gap_of_images(
         target, _ = _unit(_target(targets[b], None if scale is None else scale[b], features), counted)
         weights = None if attention is None else attention[b].to(unit.dtype)
         half_totals[b], half_weights[b], pull = _gap_of_image(unit, target, weights, counted, dtype)
-        pull -= unit * torch.linalg.vecdot(unit, pull)[:, None]  # lengths do not matter
+        pull -= unit * torch.linalg.vecdot(unit, pull)[:, None]  # the loss ignores lengths
         torch.mul(pull, (counted / length)[:, None], out=gradient[b])
     return half_totals, half_weights, gradient
 
@@ -198,7 +198,7 @@ def _gap_of_image(
             weight = torch.outer(binary[rows], attention[columns]).sub_(most).exp2_()
             weight[:, square] *= 0.5
             half_weights += counted[rows] @ (weight @ counted[columns])
-            pull = weight.to(dtype).copysign_(gap)  # at gap 0 any slope between both is right
+            pull = weight.to(dtype).copysign_(gap)  # at gap 0 any subgradient is right
         if dtype == features.dtype:
             gradient[rows].addmm_(pull, narrow[columns])
             gradient[columns].addmm_(pull.T, narrow[rows])
@@ -214,17 +214,17 @@ def _unit(
     features: Float[Tensor, "c h w"], mask: Bool[Tensor, " n"]
 ) -> tuple[Float[Tensor, "n c"], Float[Tensor, " n"]]:
     """Features of length 1, positions before channels, zero where the mask is; and their lengths before."""
-    rows = features.flatten(1).T.contiguous()  # which may still be the memory of ``features``
+    rows = features.flatten(1).T.contiguous()  # may share memory with ``features``
     length = torch.linalg.vector_norm(rows, dim=1) + 1e-7
     return (rows / length[:, None]).mul_(mask[:, None]), length
 
 
 def _target(values: Tensor, scale: Tensor | None, like: Tensor) -> Float[Tensor, "c2 h w"]:
     """The embedding of one image on the grid of ``like``; its lengths are free."""
-    values = values[None].contiguous(memory_format=torch.channels_last)  # then resizing makes rows, twice as fast
-    if scale is not None:
+    values = values[None].contiguous(memory_format=torch.channels_last)  # twice as fast to resize, and rows come out
+    contiguous if scale is not None:
         values = values.float()
-        if scale.shape != like.shape[2:]:  # else it cancels
+        if scale.shape != like.shape[2:]:  # otherwise it cancels
             values *= scale
     return _resized(values, like)[0]
 

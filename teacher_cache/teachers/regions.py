@@ -1,6 +1,6 @@
 """A photograph -> boundary strength -> a tree of regions, from the smallest pieces to the whole image.
 
-The recipe of Arbelaez et al. 2011 (contour detection and hierarchical segmentation) with everything learned left out:
+The recipe of Arbelaez et al. 2011 (contour detection and hierarchical segmentation) without its learned parts:
 differences of colour and texture histograms on the two sides of every pixel, a watershed of their strength, and a
 greedy merging of the most alike neighbours, whose cost is the height at which a region dissolves into its parent.
 """
@@ -21,7 +21,7 @@ TEXTURE_ORIENTATIONS = 4
 
 @dataclass(frozen=True)
 class RegionParameters:
-    """Numbers that shape the tree.
+    """Parameters of the tree.
 
     Attributes:
         bins: bins of the histogram of L, a and b each.
@@ -45,7 +45,7 @@ class RegionParameters:
 
 
 class Cues(NamedTuple):
-    """What is compared across a boundary.
+    """Cues that are compared across a boundary.
 
     Attributes:
         lab: float32 [3, H, W]; L 0 to 100.
@@ -94,7 +94,7 @@ def measure(image: np.ndarray, parameters: RegionParameters) -> Cues:
 
 
 def boundary_strength(cues: Cues, parameters: RegionParameters) -> np.ndarray:
-    """How different the two sides of each pixel are, in the direction where they differ most.
+    """Difference between the two sides of each pixel, in the direction of the largest difference.
 
     Mean of three scales: clipped Lab distance near by, total variation distance of histograms farther off.
 
@@ -114,7 +114,7 @@ def boundary_strength(cues: Cues, parameters: RegionParameters) -> np.ndarray:
 def region_tree(
     strength: np.ndarray, features: np.ndarray, weights: np.ndarray, parameters: RegionParameters
 ) -> RegionTree:
-    """Watershed pieces of ``strength``, merged two by two until one is left.
+    """Watershed pieces of ``strength``, merged pairwise until one is left.
 
     Args:
         strength: float32 [H, W].
@@ -125,7 +125,7 @@ def region_tree(
     from skimage.segmentation import watershed
 
     smooth = cv2.GaussianBlur(strength, (0, 0), parameters.smoothing)
-    basins = watershed(np.rint(smooth * 1e4).astype(np.int32), connectivity=2)  # rounding is no relief
+    basins = watershed(np.rint(smooth * 1e4).astype(np.int32), connectivity=2)  # ignore differences due to rounding
     labels = np.maximum(basins - 1, 0).astype(np.int32)  # a flat image has no basin: one piece
     flat = labels.ravel()
     area = np.bincount(flat)
@@ -153,7 +153,7 @@ def region_tree(
     heapq.heapify(queue)
     for new in range(leaves, count):
         value, a, b = heapq.heappop(queue)
-        while not (border[a] and border[b]):  # one of the two has been merged since
+        while not (border[a] and border[b]):  # one of the two has already been merged
             value, a, b = heapq.heappop(queue)
         height[new] = max(value, height[a], height[b])
         parent[a] = parent[b] = new
@@ -166,7 +166,7 @@ def region_tree(
 
 
 def _join(border: list[dict[int, tuple[float, float]]], a: int, b: int, new: int) -> None:
-    """Give ``new`` the borders of ``a`` and ``b``, which lose theirs."""
+    """Transfer the borders of ``a`` and ``b`` to ``new``."""
     del border[a][b], border[b][a]
     for old in (a, b):
         for k, (total, length) in border[old].items():

@@ -45,14 +45,14 @@ IMAGES_AT_ONCE = {"cpu": 1, "cuda": 8}  # encoded and decoded together
 
 @dataclass(frozen=True)
 class SamParameters:
-    """How SAM is asked; part of a store's identity.
+    """How SAM is prompted and filtered; part of a store's identity.
 
     Attributes:
         points_per_side: the mask generator prompts SAM with a grid of this many points squared.
-        points_per_batch: prompts whose masks are rid of duplicates together, before all are (edges only; the groups and
-            the speed do not depend on it).
-        pred_iou_thresh: masks whose predicted IoU is not above this are no groups.
-        stability_score_thresh: masks less stable than this are no groups.
+        points_per_batch: prompts whose masks are deduplicated together before all masks are (affects only edges,
+            neither groups nor speed).
+        pred_iou_thresh: masks become groups only if their predicted IoU is above this.
+        stability_score_thresh: masks become groups only if they are at least this stable.
         stability_score_offset: shift of the logit threshold that measures stability.
         box_nms_thresh: of two masks whose boxes overlap by more than this IoU, the better stays (groups and edges).
         edge_points_per_side: grid of the prompts for the edges; their masks are not filtered by quality.
@@ -87,8 +87,8 @@ class SamParameters:
 class SamTeacher:
     """SAM as a :class:`~samfeat.teacher_cache.teachers.protocol.Teacher`.
 
-    Calls from several threads share the device one after the other, but not the CPU's work before and after. A GPU
-    handles eight images together: give it as many at once.
+    Calls from several threads take turns on the device; the CPU work before and after runs in parallel. A GPU processes
+    eight images at a time, so pass at least that many.
 
     Args:
         model: ``vit_h``, ``vit_l`` or ``vit_b``.
@@ -105,7 +105,7 @@ class SamTeacher:
     """
 
     name = "sam"
-    _recipe: tuple[Any, ...] | None = None  # arguments of the constructor, where it was used
+    _recipe: tuple[Any, ...] | None = None  # arguments of the constructor, if it was used
 
     def __init__(
         self,
@@ -125,7 +125,7 @@ class SamTeacher:
     def from_sam(
         cls, sam: Sam, *, model: str, checkpoint_sha256: str, precision: Precision = "auto", **parameters: Any
     ) -> SamTeacher:
-        """A teacher around a network that is already built, on the device where it lies.
+        """A teacher around an existing network, on the network's device.
 
         Args:
             sam: any ``segment_anything.modeling.Sam``.
@@ -176,7 +176,7 @@ class SamTeacher:
 
     @cached_property
     def _parts(self) -> tuple[Callable[[Tensor], Tensor], SamDecoder]:
-        """Encoder and decoder on the device, which sees nothing of them before the first image."""
+        """Encoder and decoder on the device, moved there for the first image."""
         from samfeat.teacher_cache.teachers.sam_decoder import SamDecoder
 
         sam = self._sam.to(self._device)
@@ -184,7 +184,7 @@ class SamTeacher:
             return self.encoder(sam, getattr(torch, self._identity["precision"])), SamDecoder(sam)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A teacher from a checkpoint travels as the way to load it, which has to be there where it arrives."""
+        """Pickle a teacher with a checkpoint as the path to load it from, which must exist where it is unpickled."""
         if self._recipe:
             return _load_again, (type(self), self._recipe, self._identity)
         return _unpack, (type(self), self._sam, self._device, *self._identity.values(), self.parameters)
@@ -227,7 +227,7 @@ class SamTeacher:
         return Frame(image_size, ResizeLongestSide.get_preprocess_shape(*image_size, side), side)
 
     def _teach(self, images: np.ndarray) -> list[TeacherOutput]:
-        """Targets of as many images as the device holds; what the CPU does before and after runs outside the lock."""
+        """Targets of one batch of images; the CPU work before and after runs outside the lock."""
         frame = self._frame(images.shape[1:3])
         resized = (Image.fromarray(image).resize(frame.scaled[::-1], Image.Resampling.BILINEAR) for image in images)
         scaled = np.stack([np.asarray(image) for image in resized])
@@ -297,7 +297,7 @@ class SamVitH(SamTeacher):
         progress: Progress | None = None,
         **parameters: Any,
     ) -> SamTeacher:
-        """The teacher; its weights are fetched into ``downloads`` where no ``checkpoint`` is given.
+        """The teacher; its weights are downloaded into ``downloads`` if no ``checkpoint`` is given.
 
         Raises:
             ValueError: as :class:`SamTeacher`; there is neither a checkpoint nor a folder for it.
@@ -310,7 +310,7 @@ class SamVitH(SamTeacher):
 
     @classmethod
     def unfetched(cls, downloads: Path) -> str:
-        """The checkpoint that is not in ``downloads`` yet: address and size; empty where it is there."""
+        """Address and size of the checkpoint if it is not in ``downloads`` yet; otherwise empty."""
         file = official_checkpoint(cls._model)
         return "" if (downloads / file.name).exists() else f"{file.url} ({file.size / 1e9:.1f} GB)"
 
@@ -335,7 +335,7 @@ def _parameters(given: Mapping[str, Any]) -> SamParameters:
 
 
 def _load_again(kind: type[SamTeacher], recipe: tuple[Any, ...], identity: dict[str, str]) -> SamTeacher:
-    """The teacher of another process, on this one's device."""
+    """Load a pickled teacher on this process's device."""
     model, checkpoint, device, precision, parameters = recipe
     teacher = kind(model, checkpoint=checkpoint, device=device, precision=precision, **parameters)
     if teacher._identity != identity:
