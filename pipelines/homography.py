@@ -432,9 +432,11 @@ def relight(
 
 def _blur(images: Float[Tensor, "b c h w"], sigmas: Float[Tensor, "b 1"]) -> Float[Tensor, "b c h w"]:
     """Blur each image with a Gaussian of its own deviation, 0 to :data:`MOST_BLUR` pixels; a deviation of 0 copies
-    it.""" offsets = torch.arange(-5, 6, device=images.device, dtype=images.dtype) kernels = torch.exp(-0.5 * (offsets /
-    sigmas.clamp(min=1e-3)).square()) kernels = kernels / kernels.sum(1, keepdim=True) if images.device.type == "cpu":
-    # 3.5 times as fast as a convolution per channel, and most images need none
+    it."""
+    offsets = torch.arange(-5, 6, device=images.device, dtype=images.dtype)
+    kernels = torch.exp(-0.5 * (offsets / sigmas.clamp(min=1e-3)).square())
+    kernels = kernels / kernels.sum(1, keepdim=True)
+    if images.device.type == "cpu":  # 3.5 times as fast as a convolution per channel, and most images need none
         blurred = images.clone()
         for row in np.flatnonzero(sigmas.numpy()):
             pixels, taps = images[row].permute(1, 2, 0).contiguous().numpy(), kernels[row].numpy()

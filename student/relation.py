@@ -221,8 +221,8 @@ def _unit(
 
 def _target(values: Tensor, scale: Tensor | None, like: Tensor) -> Float[Tensor, "c2 h w"]:
     """The embedding of one image on the grid of ``like``; its lengths are free."""
-    values = values[None].contiguous(memory_format=torch.channels_last)  # twice as fast to resize, and rows come out
-    contiguous if scale is not None:
+    values = values[None].contiguous(memory_format=torch.channels_last)  # then resizing makes rows, twice as fast
+    if scale is not None:
         values = values.float()
         if scale.shape != like.shape[2:]:  # otherwise it cancels
             values *= scale
