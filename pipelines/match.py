@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import cv2
 import numpy as np
@@ -22,10 +22,12 @@ from samfeat.pipelines.features.parts import Parts, open_hdf5
 from samfeat.pipelines.features.protocol import Method
 from samfeat.pipelines.files import check_outputs, read_lines, write_bytes
 from samfeat.pipelines.metrics import mutual_matches
-from samfeat.pipelines.pictures.draw import GREEN, MOST, RED, captioned, draw_matches, inlier_colors, panel, save_png
+from samfeat.pipelines.pictures.draw import MOST, captioned, draw_verified, panel, save_png
 from samfeat.pipelines.pictures.overlays import feature_tiles
 
-VERIFICATIONS = ("none", "fundamental", "homography")
+Verification = Literal["none", "fundamental", "homography"]
+Estimator = Literal["magsac", "poselib"]
+
 THRESHOLDS = {"fundamental": 1.0, "homography": 3.0}  # pixels: distance to the epipolar line, distance to the point
 CONFIDENCE, TRIALS = 0.9999, 10_000
 
@@ -50,8 +52,8 @@ def match_images(
     output: str | Path | None = None,
     *,
     method: Method,
-    verify: Literal["none", "fundamental", "homography"] = "fundamental",
-    estimator: Literal["magsac", "poselib"] = "magsac",
+    verify: Verification = "fundamental",
+    estimator: Estimator = "magsac",
     ratio: float | None = None,
     maps: str | Path | None = None,
 ) -> dict[str, Any]:
@@ -83,34 +85,24 @@ def match_images(
     for path, suffixes in ((output, (".png", ".npz", ".csv")), (maps, (".png",))):
         if path is not None and Path(path).suffix.lower() not in suffixes:
             raise ValueError(f"{path}: choose a name that ends in {' or '.join(suffixes)}")
-    if verify not in VERIFICATIONS:
-        raise ValueError(f"unknown verification {verify!r}: choose one of {', '.join(VERIFICATIONS)}")
+    check_verification(verify)
     image0, image1 = read_image(path0), read_image(path1)
     features0, features1 = method(image0), method(image1)
-    matches = mutual_matches(features0, features1, ratio=ratio)
+    found = verified_matches(features0, features1, verify=verify, estimator=estimator, ratio=ratio)
+    points0, points1, inliers = found.points0, found.points1, found.inliers
     wants_picture = output is not None and Path(output).suffix.lower() == ".png"
-    points0, points1 = features0["keypoints"][matches[:, 0]], features1["keypoints"][matches[:, 1]]
-    model, inliers = (None, None) if verify == "none" else estimate(points0, points1, model=verify, estimator=estimator)
     if output is not None and not wants_picture:
         save_matches(output, points0, points1, inliers=inliers)
     if output is not None and wants_picture:
-        order = np.random.default_rng(0).permutation(len(matches))[:MOST]  # a fair sample of right and wrong ones
-        colors = None
-        if inliers is not None:
-            order = order[np.argsort(inliers[order], kind="stable")]
-            colors = inlier_colors(inliers[order])
-        drawn = draw_matches(image0, image1, points0[order], points1[order], colors=colors)
-        counts = f"{len(features0['keypoints'])} and {len(features1['keypoints'])} keypoints, {len(matches)} matches"
-        legend = [(f"{len(order)} mutual matches drawn", GREEN)]
+        drawn, legend = draw_verified(image0, image1, points0, points1, inliers)
+        counts = f"{len(features0['keypoints'])} and {len(features1['keypoints'])} keypoints, {len(points0)} matches"
         if inliers is not None:
             counts += f", {inliers.sum()} agree with one {verify}{' matrix' if verify == 'fundamental' else ''}"
-            agree = int(inliers[order].sum())
-            legend = [(f"{agree} drawn that agree", GREEN), (f"{len(order) - agree} drawn that do not", RED)]
         title = f"{Path(path0).name} and {Path(path1).name}, {method.name}: {counts}"
         save_png(output, captioned(drawn, title, legend))
     if maps is not None:
         sides = ((image0, features0), (image1, features1))
-        tiles = [feature_tiles(image, found, method.maps(image) if method.maps else None) for image, found in sides]
+        tiles = [feature_tiles(image, own, method.maps(image) if method.maps else None) for image, own in sides]
         save_png(maps, panel(tiles, height=360))
     return {
         "image0": str(path0),
@@ -118,12 +110,64 @@ def match_images(
         "method": method.name,
         "keypoints0": len(features0["keypoints"]),
         "keypoints1": len(features1["keypoints"]),
-        "matches": len(matches),
+        "matches": len(points0),
         "inliers": None if inliers is None else int(inliers.sum()),
-        "model": None if model is None else model.tolist(),
-        "drawn": min(len(matches), MOST) if wants_picture else 0,
+        "model": None if found.model is None else found.model.tolist(),
+        "drawn": min(len(points0), MOST) if wants_picture else 0,
         "picture": str(output) if wants_picture else None,
     }
+
+
+class VerifiedMatches(NamedTuple):
+    """The result of :func:`verified_matches`: M matches.
+
+    Attributes:
+        matches: int64 [M, 2], rows of the first and of the second features.
+        points0: float32 [M, 2], (x, y) in pixels of the first image.
+        points1: the same in the second image.
+        model: float64 [3, 3], the fundamental matrix or the homography; None without verification, or if there is none.
+        inliers: bool [M], which matches agree with the model; None without verification.
+    """
+
+    matches: np.ndarray
+    points0: np.ndarray
+    points1: np.ndarray
+    model: np.ndarray | None
+    inliers: np.ndarray | None
+
+
+def verified_matches(
+    features0: Features,
+    features1: Features,
+    *,
+    verify: Verification = "fundamental",
+    estimator: Estimator = "magsac",
+    ratio: float | None = None,
+) -> VerifiedMatches:
+    """Mutual nearest neighbours of the features of two images, and the geometric model that most of them agree with.
+
+    Args:
+        features0: ``keypoints`` [K, 2] and ``descriptors`` [K, D] of the first image.
+        features1: those of the second.
+        verify: see :func:`match_images`.
+        estimator: see :func:`estimate`.
+        ratio: see :func:`match_images`.
+
+    Raises:
+        ValueError: unknown verification, or a ratio outside (0, 1].
+    """
+    check_verification(verify)
+    matches = mutual_matches(features0, features1, ratio=ratio)
+    points0, points1 = features0["keypoints"][matches[:, 0]], features1["keypoints"][matches[:, 1]]
+    if verify == "none":
+        return VerifiedMatches(matches, points0, points1, None, None)
+    return VerifiedMatches(matches, points0, points1, *estimate(points0, points1, model=verify, estimator=estimator))
+
+
+def check_verification(verify: str) -> None:
+    """Raise ValueError unless there is such a verification."""
+    if verify not in get_args(Verification):
+        raise ValueError(f"unknown verification {verify!r}: choose one of {', '.join(get_args(Verification))}")
 
 
 def save_matches(
@@ -293,7 +337,7 @@ def estimate(
     points1: np.ndarray,
     *,
     model: Literal["fundamental", "homography"],
-    estimator: Literal["magsac", "poselib"] = "magsac",
+    estimator: Estimator = "magsac",
 ) -> tuple[np.ndarray | None, np.ndarray]:
     """Estimate the model (3 x 3) that most matches agree with; also returns the inliers, bool [M].
 

@@ -45,7 +45,7 @@ def test_homography_of_two_views(views, tmp_path, estimator):
 def test_inliers_are_drawn_over_outliers(views, tmp_path, monkeypatch):
     seen = {}
     monkeypatch.setattr(
-        "samfeat.pipelines.match.draw_matches", lambda *args, colors: seen.update(colors=colors) or draw_matches(*args)
+        "samfeat.pipelines.pictures.draw.draw_matches", lambda *args, colors: seen.update(colors=colors) or draw_matches(*args)
     )
     orb = load_method("orb", max_keypoints=200)
     summary = match_images(views / "0.png", views / "1.png", tmp_path / "m.png", method=orb)

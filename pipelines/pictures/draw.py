@@ -63,6 +63,38 @@ def draw_matches(
     return canvas
 
 
+def draw_verified(
+    image0: np.ndarray,
+    image1: np.ndarray,
+    points0: np.ndarray,
+    points1: np.ndarray,
+    inliers: np.ndarray | None,
+    *,
+    most: int = MOST,
+) -> tuple[np.ndarray, list[tuple[str, tuple[int, int, int]]]]:
+    """:func:`draw_matches` coloured by inlier: ``most`` of them, chosen once and for all, inliers in green on top.
+
+    Args:
+        image0: see :func:`draw_matches`.
+        image1: see :func:`draw_matches`.
+        points0: see :func:`draw_matches`.
+        points1: see :func:`draw_matches`.
+        inliers: bool [M]; None if nothing was verified, and all are green.
+        most: number of matches to draw, at random, so that right and wrong ones have their fair share.
+
+    Returns:
+        the picture, and its legend for :func:`captioned`.
+    """
+    order = np.random.default_rng(0).permutation(len(points0))[:most]
+    if inliers is None:
+        drawn = draw_matches(image0, image1, points0[order], points1[order])
+        return drawn, [(f"{len(order)} mutual matches drawn", GREEN)]
+    order = order[np.argsort(inliers[order], kind="stable")]
+    drawn = draw_matches(image0, image1, points0[order], points1[order], colors=inlier_colors(inliers[order]))
+    agree = int(inliers[order].sum())
+    return drawn, [(f"{agree} drawn that agree", GREEN), (f"{len(order) - agree} drawn that do not", RED)]
+
+
 def draw_errors(
     image0: np.ndarray,
     image1: np.ndarray,
@@ -102,6 +134,23 @@ def draw_keypoints(image: np.ndarray, keypoints: np.ndarray, scores: np.ndarray 
     for point, color in zip(_fixed(keypoints), colors.tolist(), strict=True):
         cv2.circle(canvas, point, 4 * width << _SHIFT, INK, 3 * width, cv2.LINE_AA, _SHIFT)
         cv2.circle(canvas, point, 4 * width << _SHIFT, color, width, cv2.LINE_AA, _SHIFT)
+    return canvas
+
+
+def draw_tracks(image: np.ndarray, tails: np.ndarray) -> np.ndarray:
+    """The last positions of tracked points as lines over their image, from blue (new) to yellow (long).
+
+    Args:
+        image: uint8 [H, W, 3].
+        tails: float [K, T, 2], positions of every point, latest first, NaN before its track began.
+    """
+    canvas, width = image.copy(), _line_width(image)
+    lengths = np.isfinite(tails[:, :, 0]).sum(1)
+    colors = color_map(lengths[None], "plasma", low=1, high=tails.shape[1])[0]
+    for number in np.argsort(lengths, kind="stable"):
+        color, points = colors[number].tolist(), _fixed(tails[number, : lengths[number]])
+        cv2.polylines(canvas, [np.array(points, np.int32)], False, color, width, cv2.LINE_AA, _SHIFT)
+        cv2.circle(canvas, points[0], 2 * width << _SHIFT, color, -1, cv2.LINE_AA, _SHIFT)
     return canvas
 
 
