@@ -516,6 +516,12 @@ WeightsOption = Annotated[
 KeypointsOption = Annotated[
     int | None, typer.Option(min=1, max=MOST_KEYPOINTS, help="Maximum keypoints per image; the best are kept.")
 ]
+MaxSizeOption = Annotated[
+    int | None,
+    typer.Option(
+        min=16, max=100_000, help="Shrink larger images to this longer side; keypoints are in full-size pixels."
+    ),
+]
 RatioOption = Annotated[
     float | None,
     typer.Option(help="Ratio test on unit descriptors: keep matches closer than this fraction of the second best."),
@@ -532,12 +538,7 @@ def extract(
         FeatureFormat, typer.Option("--format", help="hloc's HDF5, or D2-Net's npz.")
     ] = FeatureFormat.hloc,
     max_keypoints: KeypointsOption = None,
-    max_size: Annotated[
-        int | None,
-        typer.Option(
-            min=16, max=100_000, help="Shrink larger images to this longer side; keypoints are in full-size pixels."
-        ),
-    ] = None,
+    max_size: MaxSizeOption = None,
     multiscale: Annotated[
         bool | None,
         typer.Option(
@@ -616,6 +617,75 @@ def match_command(
         out=out,
         drawn=f" ({found['drawn']} drawn)" if found["picture"] and found["drawn"] < found["matches"] else "",
     )
+
+
+@app.command()
+def live(
+    source: Annotated[str, typer.Argument(help="A camera's number, a video file, or a folder of frames.")],
+    reference: Annotated[
+        str,
+        typer.Option(
+            metavar="previous|first|FILE",
+            help="Match frames with the previous one, with the first one, or with a photograph.",
+        ),
+    ] = "previous",
+    record: Annotated[Path | None, typer.Option(help="Record the picture in an .mp4 file.")] = None,
+    tracks: Annotated[
+        Path | None, typer.Option(help="Write all matches that agree, with the number of their track, to a .csv file.")
+    ] = None,
+    window: Annotated[
+        bool, typer.Option("--window/--no-window", help="Show the picture; q quits, r takes a reference, p drops it.")
+    ] = True,
+    method: MethodOption = "samfeat",
+    weights: WeightsOption = None,
+    verify: Annotated[Verification, typer.Option(help="Geometric verification.")] = Verification.fundamental,
+    estimator: Annotated[Estimator, typer.Option(help="OpenCV's MAGSAC++, or poselib.")] = Estimator.magsac,
+    ratio: RatioOption = None,
+    max_keypoints: Annotated[
+        int, typer.Option(min=1, max=MOST_KEYPOINTS, help="Maximum keypoints per frame; the best are kept.")
+    ] = 1024,
+    max_size: MaxSizeOption = None,
+    device: DeviceOption = Device.auto,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing outputs.")] = False,
+) -> None:
+    """Match the frames of a video as they come, and follow points. Ctrl-C ends it and keeps what was written."""
+    must_exist(weights, None if reference in ("previous", "first") else Path(reference))
+    check_outputs([record, tracks], [weights])
+    _import_pycolmap()
+    from samfeat.pipelines.features.protocol import shrunk
+    from samfeat.pipelines.video import match_video
+
+    chosen = _method(method, weights, max_keypoints, device)
+    if max_size is not None:
+        chosen = shrunk(chosen, max_size)
+    with progress_bar(f"{chosen.name} on {source}", rate="frames/s") as bar:
+        found = match_video(
+            source,
+            method=chosen,
+            reference=reference,
+            verify=verify.value,
+            estimator=estimator.value,
+            ratio=ratio,
+            record=record,
+            tracks=tracks,
+            window=window,
+            overwrite=overwrite,
+            progress=bar,
+        )
+    say(
+        "[bold]{source}[/]: {frames} frames at {speed:.1f} FPS, {matches:.0f} matches a frame, "
+        "{tracks} tracks{outputs}",
+        source=source,
+        frames=found.frames,
+        speed=found.frames / found.seconds,
+        matches=found.matches,
+        tracks=found.tracks,
+        outputs="".join(f" -> {path}" for path in (record, tracks) if path),
+    )
+    if found.interrupted and found.total is not None:
+        raise KeyboardInterrupt(
+            f"{found.frames} of {found.total} frames are done, and what was written of them is kept"
+        )
 
 
 @app.command("match-pairs")

@@ -42,7 +42,7 @@ PLACE = "\ue000"  # stands for a value in a template while its markup is parsed;
 console = Console(highlight=False, soft_wrap=True)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
-Update = Callable[[float, int], None]
+Update = Callable[[float, int | None], None]
 
 
 def printable(value: object) -> str:
@@ -131,7 +131,8 @@ def progress_bar(title: str, *, bytes_: bool = False, rate: str = "") -> Iterato
     """Progress display as a callback with (done, total); it appears on the first call.
 
     On a terminal it is a bar with the time left; elsewhere a line every :data:`INTERVAL` seconds with the number done,
-    the rate and the time left. Fractions of a unit are allowed, such as 2.5 of 10 runs.
+    the rate and the time left. Fractions of a unit are allowed, such as 2.5 of 10 runs. A total of None is unknown, and
+    so is the time left.
 
     Args:
         title: what is being done.
@@ -156,7 +157,7 @@ def progress_bar(title: str, *, bytes_: bool = False, rate: str = "") -> Iterato
     ) as progress:
         task: TaskID | None = None
 
-        def update(done: float, total: int) -> None:
+        def update(done: float, total: int | None) -> None:
             nonlocal task
             if task is None:
                 task = progress.add_task(printable(title), total=total)
@@ -168,10 +169,10 @@ def progress_bar(title: str, *, bytes_: bool = False, rate: str = "") -> Iterato
 @contextmanager
 def _progress_lines(title: str, bytes_: bool, rate: str) -> Iterator[Update]:
     ended = threading.Event()
-    latest: tuple[float, int] | None = None
+    latest: tuple[float, int | None] | None = None
     first: tuple[float, float] | None = None  # (time, done): what an earlier run did says nothing about the speed
 
-    def update(done: float, total: int) -> None:
+    def update(done: float, total: int | None) -> None:
         nonlocal latest, first
         latest = done, total
         first = first or (time.monotonic(), done)
@@ -191,28 +192,31 @@ def _progress_lines(title: str, bytes_: bool, rate: str) -> Iterator[Update]:
 
 
 def progress_line(
-    title: str, done: float, total: int, gained: float, seconds: float, bytes_: bool = False, rate: str = ""
+    title: str, done: float, total: int | None, gained: float, seconds: float, bytes_: bool = False, rate: str = ""
 ) -> str:
     """One line of progress, such as ``matches: 12/200, 3.2 pairs/s, 0:01:02 left``.
 
     Args:
         title: what is being done.
         done: how much of ``total`` is done.
-        total: how much there is to do.
+        total: how much there is to do; None if unknown.
         gained: how much of it was done in the last ``seconds``.
         seconds: since when.
         bytes_: whether bytes are counted; they are shown as megabytes.
         rate: unit of the speed; ``/s`` by default.
     """
     unit = 1e6 if bytes_ else 1
-    counted = f"{done / unit:.1f}/{total / unit:.1f} MB" if bytes_ else f"{done:g}/{total}"
+    end = "" if total is None else f"/{total / unit:.1f}" if bytes_ else f"/{total}"
+    counted = f"{done / unit:.1f}{end} MB" if bytes_ else f"{done:g}{end}"
     speed = gained / seconds if seconds > 0 else 0.0
     if speed <= 0:
         return f"{title}: {counted}"
-    left = round((total - done) / speed)
-    hours, minutes, rest = left // 3600, left // 60 % 60, left % 60
     unit_of_speed = " MB/s" if bytes_ else f" {rate}" if rate else "/s"
-    return f"{title}: {counted}, {speed / unit:.3g}{unit_of_speed}, {hours}:{minutes:02}:{rest:02} left"
+    line = f"{title}: {counted}, {speed / unit:.3g}{unit_of_speed}"
+    if total is None:
+        return line
+    left = round((total - done) / speed)
+    return f"{line}, {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
 
 
 class _Rate(ProgressColumn):

@@ -348,7 +348,8 @@ def estimate(
         points1: [M, 2], in the second.
         model: what to estimate.
         estimator: ``magsac``, OpenCV's MAGSAC++ (Barath et al., CVPR 2020), or ``poselib``, LO-RANSAC with non-linear
-            refinement; both with the same threshold, confidence and largest number of trials.
+            refinement; both with the same threshold, confidence and largest number of trials. OpenCV's raises an
+            assertion of its own for some planar scenes; PoseLib then estimates instead.
     """
     nobody = np.zeros(len(points0), bool)
     if len(points0) < (8 if model == "fundamental" else 4):
@@ -357,12 +358,17 @@ def estimate(
     if estimator == "poselib":
         return _estimate_poselib(points0, points1, model)
     found: np.ndarray | None
-    if model == "fundamental":
-        found, mask = cv2.findFundamentalMat(points0, points1, cv2.USAC_MAGSAC, THRESHOLDS[model], CONFIDENCE, TRIALS)
-    else:
-        found, mask = cv2.findHomography(
-            points0, points1, cv2.USAC_MAGSAC, THRESHOLDS[model], maxIters=TRIALS, confidence=CONFIDENCE
-        )
+    try:
+        if model == "fundamental":
+            found, mask = cv2.findFundamentalMat(
+                points0, points1, cv2.USAC_MAGSAC, THRESHOLDS[model], CONFIDENCE, TRIALS
+            )
+        else:
+            found, mask = cv2.findHomography(
+                points0, points1, cv2.USAC_MAGSAC, THRESHOLDS[model], maxIters=TRIALS, confidence=CONFIDENCE
+            )
+    except cv2.error:
+        return _estimate_poselib(points0, points1, model)
     return (None, nobody) if found is None else (found, mask.ravel().astype(bool))
 
 

@@ -81,6 +81,7 @@ def test_a_line_now_and_then_without_a_terminal(capsys, monkeypatch):
         (("a", 2.5, 10, 2.5, 3600), "a: 2.5/10, 0.000694/s, 3:00:00 left"),
         (("a", 5e6, 375e6, 5e6, 2, True), "a: 5.0/375.0 MB, 2.5 MB/s, 0:02:28 left"),
         (("a", 0, 10, 0, 30), "a: 0/10"),
+        (("a", 60, None, 50, 10, False, "frames/s"), "a: 60, 5 frames/s"),
     ],
 )
 def test_a_line_of_progress(arguments, line):
@@ -93,6 +94,13 @@ def test_a_terminal_gets_a_bar(terminal):
         bar(4, 4)
     assert "[red]x" in terminal.getvalue()
     assert "4/4" in terminal.getvalue()
+
+
+def test_a_bar_without_an_end(terminal):
+    with live.progress_bar("camera 0", rate="frames/s") as bar:
+        bar(1, None)
+        bar(2, None)
+    assert "2/?" in terminal.getvalue()
 
 
 def test_all_output_goes_through_templates():

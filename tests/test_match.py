@@ -45,7 +45,8 @@ def test_homography_of_two_views(views, tmp_path, estimator):
 def test_inliers_are_drawn_over_outliers(views, tmp_path, monkeypatch):
     seen = {}
     monkeypatch.setattr(
-        "samfeat.pipelines.pictures.draw.draw_matches", lambda *args, colors: seen.update(colors=colors) or draw_matches(*args)
+        "samfeat.pipelines.pictures.draw.draw_matches",
+        lambda *args, colors: seen.update(colors=colors) or draw_matches(*args),
     )
     orb = load_method("orb", max_keypoints=200)
     summary = match_images(views / "0.png", views / "1.png", tmp_path / "m.png", method=orb)
@@ -109,6 +110,22 @@ def test_too_few_matches_for_a_model(model, few):
     found, inliers = estimate(points, points, model=model)
     assert found is None
     assert inliers.tolist() == [False] * few
+
+
+@pytest.mark.parametrize("model", ["fundamental", "homography"])
+def test_where_opencv_fails_poselib_estimates(monkeypatch, model):
+    def fails(*arguments, **options):
+        raise cv2.error("(-215:Assertion failed) !model.empty() in function 'setModelParameters'")
+
+    points0 = np.random.default_rng(0).uniform(0, 600, (200, 2))
+    points1 = cv2.perspectiveTransform(points0[None], np.array([[1, -0.02, 3], [0.02, 1, -4], [0, 0, 1.0]]))[0]
+    expected, inliers = estimate(points0, points1, model=model, estimator="poselib")
+    monkeypatch.setattr(cv2, "findFundamentalMat", fails)
+    monkeypatch.setattr(cv2, "findHomography", fails)
+    found, agree = estimate(points0, points1, model=model)
+    np.testing.assert_array_equal(agree, inliers)
+    assert agree.all()
+    np.testing.assert_allclose(found, expected)
 
 
 @pytest.mark.parametrize("model", ["fundamental", "homography"])

@@ -137,17 +137,18 @@ def draw_keypoints(image: np.ndarray, keypoints: np.ndarray, scores: np.ndarray 
     return canvas
 
 
-def draw_tracks(image: np.ndarray, tails: np.ndarray) -> np.ndarray:
+def draw_tracks(image: np.ndarray, tails: np.ndarray, *, most: int = MOST) -> np.ndarray:
     """The last positions of tracked points as lines over their image, from blue (new) to yellow (long).
 
     Args:
         image: uint8 [H, W, 3].
         tails: float [K, T, 2], positions of every point, latest first, NaN before its track began.
+        most: number of tracks to draw, the longest ones.
     """
     canvas, width = image.copy(), _line_width(image)
     lengths = np.isfinite(tails[:, :, 0]).sum(1)
     colors = color_map(lengths[None], "plasma", low=1, high=tails.shape[1])[0]
-    for number in np.argsort(lengths, kind="stable"):
+    for number in np.argsort(lengths, kind="stable")[-most:]:
         color, points = colors[number].tolist(), _fixed(tails[number, : lengths[number]])
         cv2.polylines(canvas, [np.array(points, np.int32)], False, color, width, cv2.LINE_AA, _SHIFT)
         cv2.circle(canvas, points[0], 2 * width << _SHIFT, color, -1, cv2.LINE_AA, _SHIFT)
