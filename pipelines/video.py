@@ -42,7 +42,7 @@ NOTHING = VerifiedMatches(np.zeros((0, 2), np.int64), NO_POINTS, NO_POINTS, None
 COLUMNS = "frame,seconds,track,x0,y0,x1,y1"
 
 
-class Frame(NamedTuple):
+class VideoFrame(NamedTuple):
     """A frame of a video.
 
     Attributes:
@@ -70,7 +70,7 @@ class Video:
     rate: float
     total: int | None
     camera: bool
-    frames: Generator[Frame]
+    frames: Generator[VideoFrame]
 
 
 class VideoSummary(NamedTuple):
@@ -185,7 +185,7 @@ def match_video(
     done, pairs, matched, known, rate, begun = 0, 0, 0, 0, 0.0, time.monotonic()
     with ExitStack() as outputs:
         outputs.callback(video.frames.close)
-        listing = outputs.enter_context(_Listing(Path(tracks))) if tracks else None
+        listing = outputs.enter_context(_TrackFile(Path(tracks))) if tracks else None
         recording = outputs.enter_context(_Recording(Path(record), video)) if record else None
         screen = outputs.enter_context(_Window(f"samfeat: {video.name}")) if window else None
         interruption = outputs.enter_context(Interruption())
@@ -277,7 +277,7 @@ def _picture(title: str, reference: _Side | None, side: _Side, found: VerifiedMa
     return captioned(drawn, title, legend)
 
 
-class _Listing:
+class _TrackFile:
     """A CSV file of matches, on disk after every frame."""
 
     def __init__(self, path: Path) -> None:
@@ -295,7 +295,7 @@ class _Listing:
         )
         self.file.flush()
 
-    def __enter__(self) -> _Listing:
+    def __enter__(self) -> _TrackFile:
         return self
 
     def __exit__(
@@ -402,22 +402,22 @@ def _rate(capture: cv2.VideoCapture) -> float:
     return rate if 0 < rate <= HIGHEST_RATE else DEFAULT_RATE
 
 
-def _of_camera(capture: cv2.VideoCapture, number: str) -> Generator[Frame]:
+def _of_camera(capture: cv2.VideoCapture, number: str) -> Generator[VideoFrame]:
     start = time.monotonic()
     try:
         while (picture := capture.read()[1]) is not None:
-            yield Frame(time.monotonic() - start, cv2.cvtColor(picture, cv2.COLOR_BGR2RGB))
+            yield VideoFrame(time.monotonic() - start, cv2.cvtColor(picture, cv2.COLOR_BGR2RGB))
     finally:
         capture.release()
     logger.warning(f"camera {number} gives no more frames")
 
 
-def _of_file(capture: cv2.VideoCapture, name: str, total: int | None) -> Generator[Frame]:
+def _of_file(capture: cv2.VideoCapture, name: str, total: int | None) -> Generator[VideoFrame]:
     """Frames of a video file that announces ``total`` of them."""
     number = 0
     try:
         while (picture := capture.read()[1]) is not None:
-            yield Frame(capture.get(cv2.CAP_PROP_POS_MSEC) / 1000, cv2.cvtColor(picture, cv2.COLOR_BGR2RGB))
+            yield VideoFrame(capture.get(cv2.CAP_PROP_POS_MSEC) / 1000, cv2.cvtColor(picture, cv2.COLOR_BGR2RGB))
             number += 1
     finally:
         capture.release()
@@ -425,9 +425,9 @@ def _of_file(capture: cv2.VideoCapture, name: str, total: int | None) -> Generat
         logger.warning(f"{name} ends after {number} of the {total} frames announced: it may be damaged or truncated")
 
 
-def _photographs(folder: Path, names: list[str]) -> Generator[Frame]:
+def _photographs(folder: Path, names: list[str]) -> Generator[VideoFrame]:
     for number, name in enumerate(names):
-        yield Frame(number / DEFAULT_RATE, read_image(folder / name))
+        yield VideoFrame(number / DEFAULT_RATE, read_image(folder / name))
 
 
 def _natural(name: str) -> list[tuple[int, int | str]]:

@@ -4,10 +4,10 @@ from typing import Any, ClassVar
 
 from hloc.utils.base_model import BaseModel
 
-from samfeat import SAMFeat as Extractor
+from samfeat import SAMFeat
 
 
-class SAMFeat(BaseModel):
+class SAMFeatExtractor(BaseModel):
     """hloc's interface: RGB images [1, 3, H, W] in [0, 1] to lists of keypoints, scores and descriptors.
 
     ``weights`` is anything that ``SAMFeat.from_pretrained`` takes; ``max_keypoints`` and ``detection_threshold``
@@ -19,7 +19,7 @@ class SAMFeat(BaseModel):
 
     def _init(self, conf):
         options = {key: conf[key] for key in ("max_keypoints", "detection_threshold") if conf[key] is not None}
-        self.extractor = Extractor.from_pretrained(conf["weights"], **options)
+        self.extractor = SAMFeat.from_pretrained(conf["weights"], **options)
 
     def _forward(self, data):
         found = [self.extractor.extract(image) for image in data["image"]]
