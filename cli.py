@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import signal
@@ -19,15 +18,14 @@ import typer
 from typer.core import TyperGroup
 
 from samfeat import __version__
-from samfeat.pipelines.files import check_outputs
+from samfeat.files import check_outputs
+from samfeat.pipelines.errors import is_of_the_user, one_line
 from samfeat.pipelines.live import complain, log_to_console, note, progress_bar, say, show_table, training_line
-from samfeat.pipelines.memory import is_out_of_memory
 from samfeat.teacher_cache.sources import SOURCES
 from samfeat.teacher_cache.teachers import TEACHERS
 
 USER_ERROR, INTERRUPTED = 2, 75  # EX_TEMPFAIL of sysexits.h: the same command resumes
 MOST_KEYPOINTS = 1_000_000
-EXTRAS = {"s3fs": "s3", "onnx": "onnx", "onnxruntime": "onnx", "onnxscript": "onnx"}
 UsageError: Any = typer.BadParameter.__mro__[1]  # typer only exports its subclasses
 
 
@@ -58,14 +56,18 @@ def _one_line_errors() -> Iterator[None]:
         complain("interrupted: {reason}", reason=reason)
         raise typer.Exit(INTERRUPTED) from None
     except ConnectionError as error:
-        complain("[red]interrupted: {reason}[/]", reason=_one_line(error))
+        complain("[red]interrupted: {reason}[/]", reason=one_line(error))
         raise typer.Exit(INTERRUPTED) from None
-    except Exception as error:
+    except UsageError as error:
         if os.environ.get("SAMFEAT_TRACEBACK") or type(error).__name__ == "NoArgsIsHelpError":
             raise
-        if not _is_of_the_user(error):
+        help_of = f" ({error.ctx.command_path} --help)" if error.ctx else ""
+        complain("[red]error: {reason}[/]", reason=" ".join(error.format_message().split()) + help_of)
+        raise typer.Exit(USER_ERROR) from None
+    except Exception as error:
+        if os.environ.get("SAMFEAT_TRACEBACK") or not is_of_the_user(error):
             raise
-        complain("[red]error: {reason}[/]", reason=_one_line(error))
+        complain("[red]error: {reason}[/]", reason=one_line(error))
         raise typer.Exit(USER_ERROR) from None
 
 
@@ -954,13 +956,6 @@ def _take_sigterm_back() -> None:
         signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
 
 
-def _is_of_the_user(error: Exception) -> bool:
-    """Whether an error was caused by the user's input, not by a bug."""
-    known = isinstance(error, (ValueError, OSError, ImportError, UsageError))
-    looped = isinstance(error, RuntimeError) and str(error).startswith("Symlink loop")  # from Path.resolve
-    return known or looped or type(error).__module__.startswith("botocore.") or is_out_of_memory(error)
-
-
 def _store_path(cache: str, name: str | None, *, default: str) -> str:
     """The store ``name`` of a cache.
 
@@ -975,37 +970,6 @@ def _store_path(cache: str, name: str | None, *, default: str) -> str:
     if name is not None and (not name.strip(". ") or "/" in name or "\\" in name or name.startswith(".")):
         raise ValueError(f"--name {name!r}: give a plain name without folders; --cache says where the store goes")
     return f"{folder}/{(name or default).removesuffix('.zarr')}.zarr"
-
-
-def _one_line(error: Exception) -> str:
-    if isinstance(error, UsageError):
-        where = f" ({error.ctx.command_path} --help)" if error.ctx else ""
-        return " ".join(error.format_message().split()) + where
-    if isinstance(error, ModuleNotFoundError) and error.name:
-        package = error.name.partition(".")[0]
-        extra = f"[{EXTRAS[package]}]" if package in EXTRAS else ""
-        return f"the package {package} is not installed: pip install 'samfeat{extra}'"
-    if isinstance(error, ImportError):  # fsspec names the package needed for a URL
-        for package, extra in EXTRAS.items():
-            if package in str(error):
-                return f"the package {package} is not installed: pip install 'samfeat[{extra}]'"
-    if is_out_of_memory(error):
-        if type(error).__name__ == "OutOfMemoryError":
-            return "not enough free GPU memory: use a smaller teacher, smaller images, or --device cpu"
-        return "not enough memory: use smaller images or fewer keypoints"
-    if isinstance(error, OSError) and error.errno is not None:
-        where = f"{error.filename}: " if error.filename else ""
-        if error.errno == errno.ENOSPC:
-            return (
-                f"{where}no space left on the disk: free some, then run the same command again; finished work is kept"
-            )
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            return f"{where}no permission to write or read there: choose another folder, or change its permissions"
-        return f"{where}{error.strerror or error}"
-    if isinstance(error, ImportError):  # fsspec names the missing package, but not our extra
-        extra = next((f" (pip install 'samfeat[{extra}]')" for name, extra in EXTRAS.items() if name in str(error)), "")
-        return " ".join(str(error).split()) + extra
-    return " ".join(str(error).split())
 
 
 def _interrupt_once() -> None:

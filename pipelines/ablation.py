@@ -25,10 +25,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from samfeat.files import write_json
 from samfeat.pipelines.evaluate import evaluate
 from samfeat.pipelines.evaluation.hpatches import HPatches, find_sequences, homographies_sha256
 from samfeat.pipelines.features.methods import load_method
-from samfeat.pipelines.files import write_json
 from samfeat.pipelines.train import Progress as TrainingProgress
 from samfeat.pipelines.train import train
 from samfeat.pipelines.training.ablation_report import VALIDATION, write_report

@@ -6,9 +6,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TypeVar
 
+from samfeat.files import write_bytes, write_json
 from samfeat.pipelines.evaluation.protocol import Evaluation, Job, Named, Results, read_results
 from samfeat.pipelines.extract import Progress
-from samfeat.pipelines.files import write_bytes, write_json
 from samfeat.pipelines.pictures.charts import save_figure
 
 M = TypeVar("M", bound=Named)

@@ -16,13 +16,13 @@ from typing import Literal, NamedTuple
 import h5py
 import numpy as np
 
+from samfeat.files import check_outputs, read_json, read_lines, write_bytes, write_json
 from samfeat.images import IMAGE_SUFFIXES, read_image, read_reduced
 from samfeat.images import list_images as find_images
+from samfeat.pipelines.errors import is_out_of_memory
 from samfeat.pipelines.features.formats import Features, d2net_bytes, write_features
 from samfeat.pipelines.features.parts import Parts, check_config, open_hdf5, read_config
 from samfeat.pipelines.features.protocol import Method
-from samfeat.pipelines.files import check_outputs, read_json, read_lines, write_bytes, write_json
-from samfeat.pipelines.memory import is_out_of_memory
 
 _log = logging.getLogger(__name__)
 

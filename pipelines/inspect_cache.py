@@ -12,7 +12,7 @@ import numpy as np
 from rich.table import Table
 from upath import UPath
 
-from samfeat.pipelines.files import write_bytes
+from samfeat.files import write_bytes
 from samfeat.pipelines.pictures.draw import (
     color_groups,
     color_map,

@@ -15,12 +15,12 @@ import cv2
 import numpy as np
 import pycolmap
 
+from samfeat.files import check_outputs, read_lines, write_bytes
 from samfeat.images import read_image
 from samfeat.pipelines.extract import Progress
 from samfeat.pipelines.features.formats import FeatureFile, Features, pair_group, write_colmap_database, write_matches
 from samfeat.pipelines.features.parts import Parts, open_hdf5
 from samfeat.pipelines.features.protocol import Method
-from samfeat.pipelines.files import check_outputs, read_lines, write_bytes
 from samfeat.pipelines.metrics import mutual_matches
 from samfeat.pipelines.pictures.draw import MOST, captioned, draw_verified, panel, save_png
 from samfeat.pipelines.pictures.overlays import feature_tiles

@@ -19,9 +19,9 @@ from typing import Any
 
 import pycolmap
 
+from samfeat.files import write_json
 from samfeat.images import list_images
 from samfeat.pipelines.colmap_database import database_errors
-from samfeat.pipelines.files import write_json
 
 _log = logging.getLogger(__name__)
 

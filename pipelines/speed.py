@@ -21,10 +21,10 @@ import numpy as np
 import psutil
 import torch
 
+from samfeat.files import write_bytes
 from samfeat.pipelines.extract import Progress
 from samfeat.pipelines.features.methods import PEERS, load_method
 from samfeat.pipelines.features.protocol import Method
-from samfeat.pipelines.files import write_bytes
 from samfeat.pipelines.training.processes import has_bf16
 from samfeat.student.extractor import DTYPES, SAMFeat
 from samfeat.student.inference import InferenceNetwork

@@ -24,14 +24,13 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from samfeat.files import allow_many_files
 from samfeat.pipelines.config import Config, learning_rate
-from samfeat.pipelines.files import allow_many_files
+from samfeat.pipelines.errors import is_out_of_memory
 from samfeat.pipelines.interruption import Interruption
-from samfeat.pipelines.memory import is_out_of_memory
-from samfeat.pipelines.training.batch_size import largest_that_fits
-from samfeat.pipelines.training.batches import BatchPart, RawBatch, make_batch, read_ahead
+from samfeat.pipelines.training.batches import make_batch
 from samfeat.pipelines.training.checkpoint import load_initial
-from samfeat.pipelines.training.loader import Loader
+from samfeat.pipelines.training.loader import BatchPart, Loader, RawBatch, largest_that_fits, read_ahead
 from samfeat.pipelines.training.objective import losses, total
 from samfeat.pipelines.training.pace import Clock, LateValues, arrived
 from samfeat.pipelines.training.processes import (

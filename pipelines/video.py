@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 
+from samfeat.files import check_outputs
 from samfeat.images import list_images, read_image
 from samfeat.pipelines.features.formats import Features
 from samfeat.pipelines.features.protocol import Method
-from samfeat.pipelines.files import check_outputs
 from samfeat.pipelines.interruption import Interruption
 from samfeat.pipelines.match import Estimator, Verification, VerifiedMatches, check_verification, verified_matches
 from samfeat.pipelines.pictures.draw import PAPER, captioned, draw_tracks, draw_verified

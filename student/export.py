@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from samfeat.student.files import write_bytes
+from samfeat.files import write_bytes
 from samfeat.student.network import NetworkConfig, SAMFeatNetwork, network_preset
 
 FORMAT = "samfeat-weights"

@@ -35,10 +35,10 @@ from torch import Tensor, nn
 from torch._higher_order_ops.while_loop import while_loop
 from torch.nn import functional as F
 
+from samfeat.files import write_bytes
 from samfeat.student.detection import subpixel_offsets
 from samfeat.student.export import FORMAT, metadata_json
 from samfeat.student.extractor import SIZE_MULTIPLE, SAMFeat
-from samfeat.student.files import write_bytes
 from samfeat.student.network import normalise, resize, sample
 
 if TYPE_CHECKING:

@@ -41,10 +41,10 @@ def test_one_room_a_library(library, home):
     assert users == home
 
 
-def test_the_student_knows_torch_itself_and_the_reader_of_images():
+def test_the_student_knows_torch_itself_and_readers_and_writers_of_files():
     pattern = re.compile(r"^\s*(?:import|from) samfeat\.(\w+)", re.MULTILINE)
     for path in (ROOT / "student").glob("*.py"):
-        assert set(pattern.findall(path.read_text())) <= {"student", "images"}, path
+        assert set(pattern.findall(path.read_text())) <= {"student", "images", "files"}, path
 
 
 def test_importing_the_package_is_light_and_its_names_are_there():

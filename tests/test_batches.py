@@ -15,22 +15,22 @@ from toys import SIZE, toy_store
 import samfeat.pipelines.training.batches as batches
 from samfeat.pipelines.config import DataConfig
 from samfeat.pipelines.homography import ViewConfig
-from samfeat.pipelines.training.batches import (
+from samfeat.pipelines.training.batches import groups_at, make_batch, strongest_nearby
+from samfeat.pipelines.training.loader import (
     BatchPart,
+    FromDisk,
+    InMemory,
     Item,
     RawBatch,
+    batch_memory,
     descriptor_points,
     epoch_batches,
     first_items,
-    groups_at,
     item_generators,
     list_items,
-    make_batch,
     read_ahead,
     read_batch,
-    strongest_nearby,
 )
-from samfeat.pipelines.training.cached import FromDisk, InMemory, batch_memory
 from samfeat.teacher_cache.schema import POINTS
 from samfeat.teacher_cache.store import TeacherCache
 

@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from samfeat.pipelines.files import write_bytes, write_json
+from samfeat.files import write_bytes, write_json
 
 
 @pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])

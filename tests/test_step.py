@@ -7,11 +7,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from toy_runs import config
 
-from samfeat.pipelines.memory import is_out_of_memory
+from samfeat.pipelines.errors import is_out_of_memory
 from samfeat.pipelines.train import State, new_state, train_step
-from samfeat.pipelines.training.batch_size import largest_that_fits
-from samfeat.pipelines.training.batches import BatchPart, Item, item_generators, read_batch
-from samfeat.pipelines.training.cached import FromDisk
+from samfeat.pipelines.training.loader import BatchPart, FromDisk, Item, item_generators, largest_that_fits, read_batch
 from samfeat.pipelines.training.processes import connect
 from samfeat.student.network import SAMFeatNetwork
 from samfeat.teacher_cache.store import TeacherCache

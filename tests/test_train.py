@@ -371,8 +371,8 @@ def test_learning_rate_schedules():
 
 
 def test_terms_with_weight_zero_are_not_computed_and_the_sum_is_weighted(cache):
-    from samfeat.pipelines.training.batches import BatchPart, Item, item_generators, make_batch, read_batch
-    from samfeat.pipelines.training.cached import FromDisk
+    from samfeat.pipelines.training.batches import make_batch
+    from samfeat.pipelines.training.loader import BatchPart, FromDisk, Item, item_generators, read_batch
     from samfeat.teacher_cache.store import open_stores
 
     chosen = config("losses.wsc=0", "losses.edge=0.5", "losses.detection_form=paper")

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from samfeat.files import write_bytes
 from samfeat.images import read_image
-from samfeat.pipelines.files import write_bytes
 from samfeat.pipelines.pictures.draw import thumbnail
 from samfeat.pipelines.pictures.pages import Picture, photograph, plot, render
 from samfeat.pipelines.pictures.tables import Column, Table

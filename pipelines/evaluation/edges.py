@@ -29,11 +29,11 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 from scipy.spatial import cKDTree
 
+from samfeat.files import write_bytes
 from samfeat.images import IMAGE_SUFFIXES, read_image
 from samfeat.pipelines.evaluation.edge_detectors import LEVELS, EdgeDetector, load_detector
 from samfeat.pipelines.evaluation.protocol import Evaluation, Job, Results
 from samfeat.pipelines.features.parts import check_config
-from samfeat.pipelines.files import write_bytes
 from samfeat.pipelines.pictures.charts import precision_recall_chart
 from samfeat.pipelines.pictures.draw import panel, save_png
 from samfeat.pipelines.pictures.tables import Cell, Column, Table

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pycolmap
 
+from samfeat.files import write_bytes
 from samfeat.pipelines.evaluation.camera_poses import Pose, PosedCamera, pose_errors
 from samfeat.pipelines.evaluation.per_scene import RATIO_MEANING, RATIOS, SceneTask, check_ratios, run_scenes
 from samfeat.pipelines.evaluation.posed_scenes import PosedScene, find_posed_scenes
@@ -36,7 +37,6 @@ from samfeat.pipelines.evaluation.view3d import SceneView, write_preview, write_
 from samfeat.pipelines.extract import Progress
 from samfeat.pipelines.features.formats import Features
 from samfeat.pipelines.features.protocol import Method
-from samfeat.pipelines.files import write_bytes
 from samfeat.pipelines.pictures.charts import bar_chart
 from samfeat.pipelines.pictures.tables import Cell, Column, Table
 

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import pycolmap
 
+from samfeat.files import write_json
 from samfeat.pipelines.evaluation.camera_poses import Pose, PosedCamera
 from samfeat.pipelines.extract import Progress
 from samfeat.pipelines.features.formats import Features
-from samfeat.pipelines.files import write_json
 from samfeat.pipelines.metrics import mutual_matches
 
 SEED = 0

@@ -13,8 +13,8 @@ import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
+from samfeat.files import write_bytes
 from samfeat.pipelines.evaluation.camera_poses import PosedCamera
-from samfeat.pipelines.files import write_bytes
 from samfeat.pipelines.pictures.charts import png
 from samfeat.pipelines.pictures.pages import render
 

@@ -27,9 +27,9 @@ import h5py
 import numpy as np
 import pycolmap
 
+from samfeat.files import umask
 from samfeat.pipelines.colmap_database import database_errors
 from samfeat.pipelines.features.parts import open_hdf5, read_config
-from samfeat.pipelines.files import umask
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -21,7 +21,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from samfeat.pipelines.files import read_json, umask, write_bytes, write_json
+from samfeat.files import read_json, umask, write_bytes, write_json
 
 # Beginnings of h5py's messages for damaged files; a missing object is not one of them.
 DAMAGE = re.compile(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from samfeat.pipelines.files import write_bytes
+from samfeat.files import write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from samfeat.pipelines.files import write_bytes, write_json
+from samfeat.files import write_bytes, write_json
 from samfeat.pipelines.pictures.tables import markdown_table
 
 if TYPE_CHECKING:

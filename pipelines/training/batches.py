@@ -1,21 +1,14 @@
-"""Cached targets -> training batches.
+"""Make training batches from stored targets: views of the images, and their targets seen in these views.
 
-Threads read from the files directly into the batch, in the stored types; conversion to float, homographies, photometric
-noise and the warping of targets run on the device, one batch at a time. Every draw depends only on (seed, step,
-position in the batch), so a resumed run repeats and skips nothing, and several processes that share a batch make the
+Conversion to float, homographies, photometric noise and the warping of targets run on the device, one batch at a time.
+Every draw depends only on the generator and the position in the batch, so several processes that share a batch make the
 same batch as one.
 """
 
 from __future__ import annotations
 
-import math
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,64 +24,10 @@ from samfeat.pipelines.homography import (
     warp_smoothly,
     warp_targets,
 )
-from samfeat.pipelines.training.cached import BatchSource
+from samfeat.pipelines.training.loader import BatchPart, RawBatch
 from samfeat.student.detection import window_max
 from samfeat.student.network import sample
-from samfeat.teacher_cache.schema import MAX_KEYPOINTS, POINTS, Targets
-from samfeat.teacher_cache.store import TeacherCache
-
-PREFETCHED = 2  # batches read ahead
-GRID = math.isqrt(POINTS - 1) + 1  # side of the smallest square grid with a cell for every point
-CELLS = np.stack(np.meshgrid(np.arange(GRID), np.arange(GRID)), axis=-1).reshape(-1, 2)  # (x, y)
-
-
-@dataclass(frozen=True)
-class Item:
-    """One training item.
-
-    Attributes:
-        store: number of the store.
-        kind: ``real``: images 2 ``index`` and 2 ``index`` + 1 and their correspondences; ``aligned``: such images of
-            one fixed camera, which correspond pixel by pixel; ``synthetic``: an image and its warp.
-        index: number of the pair; of the image in stores without pairs.
-    """
-
-    store: int
-    kind: Literal["real", "aligned", "synthetic"]
-    index: int
-
-
-class RawBatch(NamedTuple):
-    """A batch as read, on the host: M images, and B items that refer to two of them each.
-
-    Attributes:
-        images: uint8 [M, H, W, 3].
-        embedding: int8 [M, C, h, w], in units of ``embedding_scale``.
-        embedding_scale: float32 [M, h, w].
-        groups: int16 [M, H, W].
-        edges: uint8 [M, H, W].
-        keypoints: float32 [M, K, 3], (x, y, score).
-        keypoint_mask: bool [M, K].
-        sides: int64 [2, B], rows of the arrays above: the left and the right image of each item; both sides of a
-            synthetic item are the same image.
-        points: float32 [2, B, n, 2], correspondences (x, y); side 1 is meaningless for synthetic items.
-        valid: bool [B, n].
-        synthetic: bool [B].
-        planar: bool [B], whether both images correspond pixel by pixel.
-    """
-
-    images: Tensor
-    embedding: Tensor
-    embedding_scale: Tensor
-    groups: Tensor
-    edges: Tensor
-    keypoints: Tensor
-    keypoint_mask: Tensor
-    sides: Tensor
-    points: Tensor
-    valid: Tensor
-    synthetic: Tensor
-    planar: Tensor
+from samfeat.teacher_cache.schema import POINTS
 
 
 class Batch(NamedTuple):
@@ -119,142 +58,6 @@ class Batch(NamedTuple):
     groups: Tensor
     edges: Tensor
     supervised: Tensor
-
-
-class BatchPart(NamedTuple):
-    """The items of a batch that one process handles: ``start`` to ``stop`` of ``total``."""
-
-    start: int
-    stop: int
-    total: int
-
-    @classmethod
-    def of(cls, total: int, rank: int, processes: int) -> BatchPart:
-        """The part of process ``rank`` out of ``processes``; parts differ by at most one item."""
-        return cls(total * rank // processes, total * (rank + 1) // processes, total)
-
-
-def list_items(stores: Sequence[TeacherCache], data: DataConfig, held_out: set[tuple[int, int]]) -> list[Item]:
-    """All items of an epoch: every good pair once as ``real`` and once as ``synthetic``, every photograph once.
-
-    Args:
-        stores: complete stores.
-        data: which kinds to use.
-        held_out: (store, image) to leave out.
-    """
-    items = []
-    for number, store in enumerate(stores):
-        bad = set(store.failures) | {image for which, image in held_out if which == number}
-        aligned = store.provenance.source["kind"] == "aligned"
-        units = range(store.spec.pairs) if store.spec.paired else range(len(store))
-        for unit in units:
-            if (bad & {2 * unit, 2 * unit + 1}) if store.spec.paired else unit in bad:
-                continue
-            if store.spec.paired and data.real_pairs:
-                items.append(Item(number, "aligned" if aligned and data.views.size else "real", unit))
-            if data.synthetic_pairs:
-                items.append(Item(number, "synthetic", unit))
-    return items
-
-
-def epoch_batches(items: Sequence[Item], batch_size: int, epoch: int, seed: int) -> list[list[Item]]:
-    """The batches of one epoch: shuffled, without an incomplete last one; a function of (epoch, seed)."""
-    order = np.random.default_rng([seed, epoch, 0]).permutation(len(items))
-    usable = len(items) // batch_size * batch_size
-    return [[items[i] for i in part] for part in order[:usable].reshape(-1, batch_size)]
-
-
-def item_generators(seed: int, step: int, part: BatchPart) -> list[np.random.Generator]:
-    """One generator of random numbers for each item of a part of a step's batch."""
-    return [np.random.default_rng([seed, step, 1, place]) for place in range(part.start, part.stop)]
-
-
-def read_batch(
-    source: BatchSource,
-    items: Sequence[Item],
-    data: DataConfig,
-    rngs: Sequence[np.random.Generator],
-    memory: Targets | None = None,
-) -> RawBatch:
-    """Read the items of one batch, every image once.
-
-    Args:
-        source: to read from.
-        items: to read.
-        data: labels with a lower score than its threshold are ignored.
-        rngs: one per item; draws the side of a synthetic item, and the points of its descriptors.
-        memory: memory to read into, see :func:`samfeat.pipelines.training.cached.batch_memory`; new memory if None.
-
-    Raises:
-        ValueError: a store is damaged.
-    """
-    sides = np.empty((2, len(items)), np.int64)
-    points = np.empty((2, len(items), POINTS, 2), np.float32)
-    valid = np.ones((len(items), POINTS), bool)
-    images: list[tuple[int, int]] = []
-    for place, (item, rng) in enumerate(zip(items, rngs, strict=True)):
-        sides[:, place] = len(images)
-        if item.kind != "synthetic":
-            pair = source.pair(item.store, item.index)
-            points[:, place], valid[place] = pair.points, pair.valid
-            sides[1, place] += 1
-            images += [(item.store, image) for image in pair.images]
-        else:
-            image = 2 * item.index + int(rng.integers(2)) if source.is_paired(item.store) else item.index
-            images.append((item.store, image))
-    targets, counts = source.read(images, memory)
-    size = (targets.image.shape[1], targets.image.shape[2])
-    for place, (item, rng) in enumerate(zip(items, rngs, strict=True)):
-        if item.kind == "synthetic":
-            row = sides[0, place]
-            points[:, place] = descriptor_points(targets.keypoints[row, : counts[row]], size, data, rng)
-    stored = np.arange(MAX_KEYPOINTS) < counts[:, None]
-    return RawBatch(
-        images=torch.as_tensor(targets.image),
-        embedding=torch.as_tensor(targets.embedding),
-        embedding_scale=torch.as_tensor(targets.embedding_scale),
-        groups=torch.as_tensor(targets.groups).view(torch.int16),
-        edges=torch.as_tensor(targets.edges),
-        keypoints=torch.from_numpy(targets.keypoints),
-        keypoint_mask=torch.from_numpy(stored & (targets.keypoints[..., 2] >= data.label_threshold)),
-        sides=torch.from_numpy(sides),
-        points=torch.from_numpy(points),
-        valid=torch.from_numpy(valid),
-        synthetic=torch.from_numpy(np.array([item.kind == "synthetic" for item in items])),
-        planar=torch.from_numpy(np.array([item.kind != "real" for item in items])),
-    )
-
-
-def read_ahead(requests: Iterable[Callable[[], RawBatch]], workers: int) -> Iterator[RawBatch]:
-    """Run read requests in ``workers`` threads, at least ``PREFETCHED`` batches ahead; results in order."""
-    if workers < 1:
-        yield from (request() for request in requests)
-        return
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="samfeat-reader")
-    waiting: deque[Future[RawBatch]] = deque()
-    try:
-        for request in requests:
-            waiting.append(pool.submit(request))
-            if len(waiting) > max(PREFETCHED, workers):
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def first_items(raw: RawBatch, count: int) -> RawBatch:
-    """The first items of a batch and their images."""
-    images = int(raw.sides[1, count - 1]) + 1
-    of_images = {name: getattr(raw, name)[:images] for name in RawBatch._fields[:7]}
-    return RawBatch(
-        **of_images,
-        sides=raw.sides[:, :count],
-        points=raw.points[:, :count],
-        valid=raw.valid[:count],
-        synthetic=raw.synthetic[:count],
-        planar=raw.planar[:count],
-    )
 
 
 def make_batch(
@@ -451,24 +254,3 @@ def _inside(points: Tensor, size: tuple[int, int]) -> Tensor:
 def _embedding(raw: RawBatch, rows: Tensor) -> Tensor:
     """Embeddings float [B, C, h, w] of some images of the batch."""
     return raw.embedding[rows] * raw.embedding_scale[rows, None]
-
-
-def descriptor_points(
-    keypoints: np.ndarray, size: tuple[int, int], data: DataConfig, rng: np.random.Generator
-) -> np.ndarray:
-    """Where descriptors are trained in a synthetic pair: float32 [POINTS, 2], (x, y).
-
-    At most half of the points are detector labels, drawn at random; the others lie in different cells of a square grid,
-    so that the descriptors learn flat regions too.
-
-    Args:
-        keypoints: the detector's labels, [K, 3], (x, y, score).
-        size: (height, width) of the image.
-        data: labels with a lower score than its threshold are ignored.
-        rng: source of the draws.
-    """
-    labels = keypoints[keypoints[:, 2] >= data.label_threshold, :2]
-    labels = labels[rng.permutation(len(labels))[: POINTS // 2]]
-    cells = CELLS[rng.permutation(len(CELLS))[: POINTS - len(labels)]]
-    scattered = (cells + rng.random(cells.shape)) * ((np.array(size[::-1]) - 1) / GRID)
-    return np.concatenate([labels, scattered]).astype(np.float32)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from samfeat.pipelines.files import write_bytes
+from samfeat.files import write_bytes
 from samfeat.student.export import load_weights
 from samfeat.student.network import SAMFeatNetwork
 from samfeat.student.weights import find_weights

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, cast
 import cv2
 import numpy as np
 
+from samfeat.files import write_bytes
 from samfeat.pipelines.config import Config, changes
-from samfeat.pipelines.files import write_bytes
 from samfeat.pipelines.pictures.charts import LinePlot, line_chart, line_sheet, png, svg
 from samfeat.pipelines.pictures.draw import (
     GREEN,

@@ -20,10 +20,10 @@ import torch
 from omegaconf import OmegaConf
 from upath import UPath
 
+from samfeat.files import write_bytes
 from samfeat.pipelines.config import Config
-from samfeat.pipelines.files import write_bytes
-from samfeat.pipelines.training.batches import RawBatch
 from samfeat.pipelines.training.checkpoint import load_state, save_state
+from samfeat.pipelines.training.loader import RawBatch
 from samfeat.student.export import save_weights
 from samfeat.student.extractor import EXTRACTION_PRESETS
 from samfeat.student.network import SAMFeatNetwork

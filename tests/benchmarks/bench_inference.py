@@ -23,8 +23,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from reference_network import plain_extract
 
+from samfeat.files import write_bytes
 from samfeat.pipelines.extract import list_images
-from samfeat.pipelines.files import write_bytes
 from samfeat.pipelines.speed import measure, parse_size, photograph, precisions, using_threads
 from samfeat.student.extractor import SAMFeat
 

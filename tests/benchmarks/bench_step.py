@@ -25,17 +25,18 @@ from torch import Tensor
 
 from samfeat.pipelines.config import Config, DataConfig, load_config
 from samfeat.pipelines.train import State, new_state, train_step
-from samfeat.pipelines.training.batches import (
+from samfeat.pipelines.training.batches import make_batch
+from samfeat.pipelines.training.loader import (
     PREFETCHED,
     BatchPart,
+    FromDisk,
     Item,
     RawBatch,
+    batch_memory,
     item_generators,
-    make_batch,
     read_ahead,
     read_batch,
 )
-from samfeat.pipelines.training.cached import FromDisk, batch_memory
 from samfeat.pipelines.training.objective import losses, total
 from samfeat.pipelines.training.pace import Clock
 from samfeat.pipelines.training.processes import connect

@@ -30,16 +30,17 @@ import torch
 import zarr
 
 from samfeat.pipelines.config import DataConfig
-from samfeat.pipelines.training.batches import (
+from samfeat.pipelines.training.loader import (
     PREFETCHED,
     BatchPart,
+    FromDisk,
     Item,
+    batch_memory,
     epoch_batches,
     item_generators,
     read_ahead,
     read_batch,
 )
-from samfeat.pipelines.training.cached import FromDisk, batch_memory
 from samfeat.teacher_cache.keypoints import LabelConfig, adapt, opencv_detector
 from samfeat.teacher_cache.schema import Masks, Provenance, Record, StoreSpec, Targets, TeacherOutput
 from samfeat.teacher_cache.store import TeacherCache
