@@ -7,6 +7,7 @@ same batch as one.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -86,31 +87,34 @@ def make_batch(
     return _crop_batch(raw, data, generator, part)
 
 
+@dataclass
+class _Draws:
+    """Random choices for a part of a batch: drawn for the whole batch, so that every item gets its own in any split."""
+
+    generator: torch.Generator
+    part: BatchPart
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Numbers in [0, 1), [B, *shape]."""
+        start, stop, total = self.part
+        return torch.rand(total, *shape, generator=self.generator, device=self.generator.device)[start:stop]
+
+    def pick(self, points: Tensor, usable: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        """``number`` of points [B, n, 2], drawn from the usable ones as far as these last, and which are usable."""
+        chosen = (self.uniform(points.shape[1]) + usable).topk(number, dim=1).indices
+        return points.gather(1, chosen[:, :, None].expand(-1, -1, 2)), usable.gather(1, chosen)
+
+
 def _window_batch(
     raw: RawBatch, data: DataConfig, generator: torch.Generator, part: BatchPart, strength: float
 ) -> Batch:
     """A window onto each image of every item, around a point that both show."""
-    (start, stop, total), side = part, data.views.size
+    draws, (start, stop, total), side = _Draws(generator, part), part, data.views.size
     size, window = (raw.images.shape[1], raw.images.shape[2]), (side, side)
-    left, device = raw.sides[0], raw.images.device
+    rows, labels = raw.sides.flatten(), raw.keypoints * raw.keypoint_mask[:, :, None]
 
-    def uniform(*shape: int) -> Tensor:
-        return torch.rand(total, *shape, generator=generator, device=device)[start:stop]
-
-    def pick(points: Tensor, usable: Tensor, number: int) -> tuple[Tensor, Tensor]:
-        """``number`` of points [B, n, 2], drawn from the usable ones as far as these last, and which are usable."""
-        chosen = (uniform(points.shape[1]) + usable).topk(number, dim=1).indices
-        return points.gather(1, chosen[:, :, None].expand(-1, -1, 2)), usable.gather(1, chosen)
-
-    labels = raw.keypoints * raw.keypoint_mask[:, :, None]
-    centre_of_label, labelled = pick(labels[left, :, :2], labels[left, :, 2] > 0, 1)
-    scattered = uniform(1, 2) * (raw.keypoints.new_tensor(size[::-1]) - 1)
-    planar_centre = centre_of_label.where(labelled[:, :, None], scattered)[:, 0]
-    which = (uniform(raw.valid.shape[1]) + raw.valid).argmax(1)
-    real_centres = raw.points[:, torch.arange(stop - start, device=device), which]
-    centres = torch.where(raw.planar[None, :, None], planar_centre[None], real_centres)
     homographies = sample_views(
-        centres,
+        _window_centres(raw, labels[raw.sides[0]], size, draws),
         size,
         generator=generator,
         config=data.views,
@@ -118,25 +122,9 @@ def _window_batch(
         rows=slice(start, stop),
         drawn=total,
     )
+    points, valid = _window_points(raw, labels[raw.sides[0]], homographies, size, window, draws)
 
-    left_labels = warp_points(labels[left, :, :2], homographies[0])
-    drawn, seen = pick(left_labels, (labels[left, :, 2] > 0) & _inside(left_labels, window), POINTS // 2)
-    anywhere = uniform(POINTS, 2) * (side - 1)
-    half = drawn.shape[1]
-    planar_points = torch.cat([drawn.where(seen[:, :, None], anywhere[:, :half]), anywhere[:, half:]], dim=1)
-    back = torch.linalg.inv(homographies[0].double())
-    across = (homographies[1].double() @ back).float()
-    of_crop = warp_points(planar_points, back.float())
-    of_pairs = torch.stack([warp_points(raw.points[k], homographies[k]) for k in (0, 1)])
-    planar = raw.planar[:, None, None]
-    points = torch.stack(
-        [planar_points.where(planar, of_pairs[0]), warp_points(planar_points, across).where(planar, of_pairs[1])]
-    )
-    valid = torch.where(raw.planar[:, None], _inside(of_crop, size), raw.valid)
-    valid = valid & _inside(points[0], window) & _inside(points[1], window)
-
-    rows, both = raw.sides.flatten(), homographies.flatten(0, 1)
-    embedding = _embedding(raw, rows)
+    both, embedding = homographies.flatten(0, 1), _embedding(raw, rows)
     stored = warp_points(points.flatten(0, 1), torch.linalg.inv(both.double()).float())
     targets = warp_targets(
         embedding,
@@ -148,7 +136,7 @@ def _window_batch(
     )
     keypoints = torch.cat([warp_points(labels[rows, :, :2], both), labels[rows, :, 2:]], dim=2)
     keypoints = strongest_nearby(keypoints, window)
-    own = torch.arange(start, stop, device=device)
+    own = torch.arange(start, stop, device=raw.images.device)
     images = warp_smoothly(raw.images.permute(0, 3, 1, 2)[rows].float(), both, window)
     images = relight(images, generator=generator, rows=torch.cat([own, total + own]), drawn=2 * total)
     return Batch(
@@ -164,6 +152,42 @@ def _window_batch(
         edges=targets.edges,
         supervised=targets.valid,
     )
+
+
+def _window_centres(raw: RawBatch, labels: Tensor, size: tuple[int, int], draws: _Draws) -> Tensor:
+    """A point [2, B, 2] of each image that both windows show: a label or any point, a correspondence of real pairs."""
+    label, labelled = draws.pick(labels[:, :, :2], labels[:, :, 2] > 0, 1)
+    scattered = draws.uniform(1, 2) * (raw.keypoints.new_tensor(size[::-1]) - 1)
+    planar = label.where(labelled[:, :, None], scattered)[:, 0]
+    which = (draws.uniform(raw.valid.shape[1]) + raw.valid).argmax(1)
+    real = raw.points[:, torch.arange(len(which), device=which.device), which]
+    return torch.where(raw.planar[None, :, None], planar[None], real)
+
+
+def _window_points(
+    raw: RawBatch,
+    labels: Tensor,
+    homographies: Tensor,
+    size: tuple[int, int],
+    window: tuple[int, int],
+    draws: _Draws,
+) -> tuple[Tensor, Tensor]:
+    """Correspondences [2, B, n, 2] of the windows and which of them are valid.
+
+    Half of those of planar items are labels of the left window as far as they last, the others lie anywhere.
+    """
+    left_labels = warp_points(labels[:, :, :2], homographies[0])
+    drawn, seen = draws.pick(left_labels, (labels[:, :, 2] > 0) & _inside(left_labels, window), POINTS // 2)
+    anywhere, half = draws.uniform(POINTS, 2) * (window[0] - 1), drawn.shape[1]
+    left = torch.cat([drawn.where(seen[:, :, None], anywhere[:, :half]), anywhere[:, half:]], dim=1)
+    back = torch.linalg.inv(homographies[0].double())
+    across = (homographies[1].double() @ back).float()
+    of_crop = warp_points(left, back.float())
+    of_pairs = torch.stack([warp_points(raw.points[k], homographies[k]) for k in (0, 1)])
+    planar = raw.planar[:, None, None]
+    points = torch.stack([left.where(planar, of_pairs[0]), warp_points(left, across).where(planar, of_pairs[1])])
+    valid = torch.where(raw.planar[:, None], _inside(of_crop, size), raw.valid)
+    return points, valid & _inside(points[0], window) & _inside(points[1], window)
 
 
 def strongest_nearby(keypoints: Tensor, size: tuple[int, int], *, radius: int = 2) -> Tensor:

@@ -85,21 +85,7 @@ def losses(
             reduction=reduction,
         )
     if config.wsc:
-        sides = [
-            wsc_loss(
-                d,
-                w,
-                groups,
-                excluded,  # the right image's distances serve both sides, as released (spec of "not search")
-                form=config.wsc_form,
-                margin=config.wsc_margin,
-                temperature=config.wsc_temperature,
-                background_is_group=config.background_is_group,
-                reduction=reduction,
-            )
-            for d, w, groups in ((d0, w0, batch.groups[:pairs]), (d1, w1, batch.groups[pairs:]))
-        ]
-        terms["wsc"] = (sides[0] + sides[1]) / 2
+        terms["wsc"] = _wsc(batch.groups, (d0, d1), (w0, w1), excluded, config, reduction)
     return terms
 
 
@@ -135,6 +121,31 @@ def _descriptor(
         margin=config.descriptor_margin,
         reduction=reduction,
     )
+
+
+def _wsc(
+    groups: Tensor,
+    descriptors: tuple[Tensor, Tensor],
+    attention: tuple[Tensor, Tensor],
+    excluded: Tensor,
+    config: LossConfig,
+    reduction: Reduction,
+) -> Tensor:
+    sides = [
+        wsc_loss(
+            d,
+            w,
+            g,
+            excluded,  # the distances in the right image serve both sides, as in the released code
+            form=config.wsc_form,
+            margin=config.wsc_margin,
+            temperature=config.wsc_temperature,
+            background_is_group=config.background_is_group,
+            reduction=reduction,
+        )
+        for d, w, g in zip(descriptors, attention, groups.chunk(2), strict=True)
+    ]
+    return (sides[0] + sides[1]) / 2
 
 
 def _relation(output: DenseOutput, batch: Batch, config: LossConfig, reduction: Reduction) -> Tensor:
