@@ -222,6 +222,15 @@ def teacher_cache(
     checkpoint: Annotated[
         Path | None, typer.Option(help="Weights of the teacher; SAM's are downloaded unless given.")
     ] = None,
+    embedding_stride: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=1024,
+            help="Pixels per cell of the stored embedding: 8 is all that training uses. "
+            "Default: the teacher's own grid.",
+        ),
+    ] = None,
     crop_size: Annotated[
         int | None, typer.Option(min=64, max=16384, help="Side of the crops in pixels; 400 by default.")
     ] = None,
@@ -293,7 +302,13 @@ def teacher_cache(
         return
     with progress_bar("fetching SAM's checkpoint", bytes_=True) as bar:
         made = make_teacher(
-            teacher, options=options, checkpoint=checkpoint, downloads=downloads, device=device.value, progress=bar
+            teacher,
+            options=options,
+            checkpoint=checkpoint,
+            downloads=downloads,
+            device=device.value,
+            embedding_stride=embedding_stride,
+            progress=bar,
         )
     if dry_run:
         note(make_plan(path, images, made, labels=chosen, shard_images=shard_images))

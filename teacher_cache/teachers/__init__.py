@@ -33,6 +33,7 @@ def make_teacher(
     checkpoint: Path | None = None,
     downloads: Path | None = None,
     device: str = "auto",
+    embedding_stride: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Teacher:
     """Make a teacher by name.
@@ -44,24 +45,33 @@ def make_teacher(
         checkpoint: its weights; downloaded from their official address if None.
         downloads: folder for downloaded weights; nothing is downloaded if None.
         device: ``auto``, ``cpu`` or ``cuda``; ignored by teachers that only run on the CPU.
+        embedding_stride: pixels per cell of the embedding, see
+            :class:`samfeat.teacher_cache.teachers.resampled.ResampledTeacher`; None keeps the teacher's own grid.
         progress: called with (bytes done, total bytes) of a download.
 
     Raises:
         ValueError: unknown name or option, wrong checkpoint, no such device.
         OSError: the download failed; calling again resumes it.
     """
+    if embedding_stride is not None:
+        from samfeat.teacher_cache.teachers.resampled import ResampledTeacher
+
+        made = make_teacher(
+            name, options=options, checkpoint=checkpoint, downloads=downloads, device=device, progress=progress
+        )
+        return ResampledTeacher(made, embedding_stride)
     if "+" in name:
         from samfeat.teacher_cache.teachers.combined import CombinedTeacher, split
 
         if options or checkpoint:
             raise ValueError(f"teacher {name!r}: weights belong to a part, as in aliked=FILE+hed, and options to none")
-        made: dict[tuple[str, Path | None], Teacher] = {}
-        for part in (parts := split(name)):
-            if part not in made:
-                made[part] = make_teacher(
+        parts: dict[tuple[str, Path | None], Teacher] = {}
+        for part in split(name):
+            if part not in parts:
+                parts[part] = make_teacher(
                     part[0], checkpoint=part[1], downloads=downloads, device=device, progress=progress
                 )
-        return CombinedTeacher.of([made[part] for part in parts])
+        return CombinedTeacher.of([parts[part] for part in split(name)])
     member = load_member("teacher", name, TEACHERS)
     build = getattr(member, "build", member)
     given = {**(options or {}), **({} if checkpoint is None else {"checkpoint": checkpoint})}
@@ -102,6 +112,12 @@ def teacher_of(provenance: Provenance, *, checkpoint: Path | None = None) -> Tea
 
 
 def _rebuild(described: Mapping[str, Any], checkpoint: Path | None) -> Teacher | None:
+    if "embedding_stride" in described:
+        from samfeat.teacher_cache.teachers.resampled import ResampledTeacher
+
+        inner = {key: value for key, value in described.items() if key != "embedding_stride"}
+        resampled = _rebuild(inner, checkpoint)
+        return resampled and ResampledTeacher(resampled, described["embedding_stride"])
     if "+" in str(described.get("name")):
         from samfeat.teacher_cache.teachers.combined import OUTPUTS, CombinedTeacher
 
