@@ -8,6 +8,9 @@ image attend to each other. Three facts save the work:
   projected tokens of all heads, 7 x 8, are fewer than the 128 channels of a projection. The bias of a key shifts all
   scores of a query alike and cancels in the softmax.
 - The predicted IoU is known before any mask is: prompts that it rejects are not upscaled.
+
+32 prompts take 4.9 times less time than in segment_anything on one thread of a CPU with AVX-512 and AMX, and 6.7 times
+less where 40 % of them pass (``tests/benchmarks/bench_teacher.py``). ``tests/test_sam_decoder.py`` compares both.
 """
 
 from __future__ import annotations

@@ -4,6 +4,9 @@ A windowed block pads the 64 x 64 tokens to 70 x 70. Here tokens are projected b
 query, key and value of a padding token are the biases of the projection, so nothing is computed for it. Attention is
 ``scaled_dot_product_attention`` with the decomposed relative positions (Li et al. 2022, MViTv2) as its additive mask;
 only blocks that look at the whole image hold a mask of (tokens x tokens), for one image at a time.
+
+ViT-B takes 1.9 times less time than segment_anything's on one thread of a CPU with AVX-512 and AMX
+(``tests/benchmarks/bench_teacher.py``). ``tests/test_sam_encoder.py`` compares both.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 Filters run in the generator's order: predicted IoU, stability score, non-maximum suppression of the boxes of all masks
 of an image. The first is applied before a mask is upscaled. Until the last is done, masks are kept at the decoder's
-output size, so that memory does not grow with the image.
+output size, so that memory does not grow with the image. From 192 masks to their boxes takes 18 times less time than in
+segment_anything, where 25 % pass (``tests/benchmarks/bench_teacher.py``). ``tests/test_sam_masks.py`` compares both.
 """
 
 from __future__ import annotations
