@@ -81,8 +81,10 @@ check: $(READY)  ## formatting, lint, types, import contracts
 	MYPYPATH=.typing $(BIN)/mypy -p samfeat
 	$(BIN)/lint-imports
 
-bench: $(READY)  ## measurements, written to bench/
+bench: $(READY)  ## measurements, on one page: bench/report.html
 	@for file in tests/benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file; done
+	$(CLI) benchmark speed
+	$(BIN)/python tests/benchmarks/write_page.py
 
 docs-check: $(READY)  ## run the documentation's code blocks on what the demo left in DEMO
 	$(BIN)/python tests/run_docs.py --demo $(DEMO)

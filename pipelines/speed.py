@@ -251,7 +251,7 @@ def benchmark_speed(
         contenders |= {f"{method.name}, features": method_contender(method, images) for method in methods}
         found = measure(contenders, repeats=repeats, images=batch, progress=progress)
     devices = {str(next(model.network.parameters()).device) for model in models.values()}
-    machine = torch.cuda.get_device_name() if any(d.startswith("cuda") for d in devices) else _processor()
+    machine = torch.cuda.get_device_name() if any(d.startswith("cuda") for d in devices) else processor()
     heading = (
         f"{size[0]} x {size[1]} pixels, {batch} image{'s' * (batch > 1)} a call, {threads} threads, {machine}, "
         f"torch {torch.__version__}, {repeats} interleaved rounds; milliseconds an image."
@@ -269,7 +269,8 @@ def table(timings: Sequence[Timing]) -> str:
     return "\n".join(rows)
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Name of this machine's processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

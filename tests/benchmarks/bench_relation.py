@@ -22,6 +22,7 @@ from unittest.mock import patch
 import psutil
 import torch
 import torch.nn.functional as F
+from figures import record
 from torch import Tensor
 
 from samfeat.student import relation
@@ -186,9 +187,15 @@ def main() -> None:
         "|---|---|---|---|---|---|---|---|",
     ]
     first = next(iter(times.values()))
+    figures = {
+        f"relation loss, {short}": statistics.median(first) / statistics.median(times[name])
+        for short, name in (("fp32", "one pass, float32"), ("bf16", "one pass, bfloat16"))
+    }
+    differences: dict[str, float] = {}
     for name, (loss, teacher) in losses.items():
         found = gradient(loss, maps.student).double()
         off = float((found - exact[teacher]).norm() / exact[teacher].norm())
+        differences[name] = off
         cosine = float(F.cosine_similarity(found.flatten(), exact[teacher].flatten(), dim=0))
         del found
         memory = statistics.median(
@@ -203,6 +210,8 @@ def main() -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
+    figures["relation gradient, fp32"] = differences["one pass, float32"] / differences["whole matrices, float32"]
+    record(figures, beside=out, device=device)
 
 
 if __name__ == "__main__":

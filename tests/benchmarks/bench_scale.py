@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import psutil
+from figures import record
 
 from samfeat.pipelines.build_cache import build_cache
 from samfeat.pipelines.workers import Workers
@@ -109,6 +110,7 @@ def main() -> None:
     lines = ["| what | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in summary.items())]
     arguments.out.with_suffix(".md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
+    record({"cluster": float(summary["share of the ideal"].removesuffix("%"))}, beside=arguments.out)
 
 
 def simulate(arguments: argparse.Namespace, folder: Path) -> tuple[list[dict[str, float]], dict[str, Any]]:

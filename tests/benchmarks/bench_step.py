@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 from bench_store import SHARD, write_store
+from figures import record
 from torch import Tensor
 
 from samfeat.pipelines.config import Config, DataConfig, load_config
@@ -207,6 +208,12 @@ def main() -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(text)
     print(text)
+    middle = {name: statistics.median(taken) for name, taken in times.items()}
+    figures = {
+        f"guidance, {name}": 100 * (middle[name] / middle[f"{name}, without guidance"] - 1) for name in ("fp32", "bf16")
+    }
+    figures["training step, bf16"] = middle["plain fp32"] / middle["bf16"]
+    record(figures, beside=options.out, device=options.device)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ import numpy as np
 import skimage.data
 import torch
 import zarr
+from figures import record
 
 from samfeat.pipelines.config import DataConfig
 from samfeat.pipelines.training.loader import (
@@ -49,6 +50,7 @@ from samfeat.teacher_cache.store.zarr_arrays import CODECS, chunk_reader
 from samfeat.teacher_cache.teachers.classical import ClassicalTeacher
 
 SIDE, CELLS, SHARD, BATCH, THREADS = 400, 64, 32, 28, 2
+STUDENT_GRID, PICKLES = "embedding on 50 x 50 cells", "pickles of float32 arrays"  # layouts
 TARGETS = ("embedding", "embedding_scale", "groups", "edges", "keypoints", "keypoint_count")
 PICKLE_BYTES = 4 * 256 * CELLS**2 + 4 * SIDE**2  # MTLDesc's float32 embedding and edges, 4.61 MiB
 Read = Callable[[int, Sequence[np.ndarray]], None]  # (image, one array a target to read into)
@@ -268,9 +270,9 @@ def layouts(store: TeacherCache, folder: Path) -> list[Layout]:
         by_reader("zstd instead of lz4, our reader", small),
         by_zarr("format version 1 (float16, zstd), zarr array by array", old, names),
         by_reader("format version 1 (float16, zstd), our reader", old, names),
-        by_reader("embedding on 50 x 50 cells, our reader", small_grid),
+        by_reader(f"{STUDENT_GRID}, our reader", small_grid),
         Layout(
-            "pickles of float32 arrays",
+            PICKLES,
             pickled[0].stat().st_size,
             [np.empty((256, CELLS, CELLS), np.float32), np.empty((SIDE, SIDE), np.float32), like(own, ["groups"])[0]],
             read_pickle,
@@ -338,15 +340,16 @@ def main() -> None:
     torch.set_num_threads(1)
     folder = Path(tempfile.mkdtemp(prefix="bench-store-"))
     try:
-        lines = measure(folder, arguments.images, arguments.rounds)
+        lines, figures = measure(folder, arguments.images, arguments.rounds)
     finally:
         shutil.rmtree(folder)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text("\n".join(lines) + "\n")
+    record(figures, beside=arguments.out)
 
 
-def measure(folder: Path, images: int, rounds: int) -> list[str]:
-    """The lines of the report, printed as they come."""
+def measure(folder: Path, images: int, rounds: int) -> tuple[list[str], dict[str, float]]:
+    """The lines of the report, and its figures."""
     store, seconds, peak = write_store(folder / "own.zarr", images)
     tried = layouts(store, folder)
     rng, figures = np.random.default_rng(0), [([], []) for _ in tried]
@@ -379,7 +382,16 @@ def measure(folder: Path, images: int, rounds: int) -> list[str]:
         "- KiB an image: " + ", ".join(f"{name} {size / 1024:.1f}" for name, size in sizes.items() if size > 512),
     ]
     print(*lines, sep="\n", flush=True)
-    return lines
+    reads = {layout.name: statistics.median(alone) for layout, (alone, _) in zip(tried, figures)}
+    small = next(layout.size for layout in tried if layout.name.startswith(STUDENT_GRID))
+    return lines, {
+        "store, beside zarr": ours / zarrs,
+        "store, beside pickles": ours / reads[PICKLES],
+        "store, beside memmap": ours / mapped,
+        "store, size": (whole - sizes["image"]) / PICKLE_BYTES,
+        "store, size on the student's grid": small / PICKLE_BYTES,
+        "loader": statistics.median(rate for rate, _ in loads[THREADS]),
+    }
 
 
 if __name__ == "__main__":
