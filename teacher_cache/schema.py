@@ -129,6 +129,7 @@ class Targets(NamedTuple):
 
 
 Codec = Literal["none", "lz4", "zstd"]
+LZ4_LEVEL, ZSTD_LEVEL = 5, 9
 """How chunks are compressed: not at all; for speed (blosc, lz4hc, CRC-32C); for size (Zstandard)."""
 
 

@@ -7,22 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import figures
 import pytest
 
 BENCHMARKS = Path(__file__).parent / "benchmarks"
 
 
-@pytest.fixture(scope="module")
-def figures():
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        import figures
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-    return figures
-
-
-def test_hits_and_misses_are_shown_beside_the_run_before(figures, tmp_path):
+def test_hits_and_misses_are_shown_beside_the_run_before(tmp_path):
     for value in (2.5, 3.5):
         figures.record({"relation loss, fp32": value, "guidance, bf16": 10 * value}, beside=tmp_path / "relation.md")
     other = json.loads((tmp_path / "figures.jsonl").read_text().splitlines()[0])
@@ -44,7 +35,7 @@ def test_hits_and_misses_are_shown_beside_the_run_before(figures, tmp_path):
     assert page.count('class="best">hit') == 1
 
 
-def test_a_figure_without_a_bar_is_refused(figures, tmp_path):
+def test_a_figure_without_a_bar_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no bar is called speed"):
         figures.record({"speed": 1.0}, beside=tmp_path / "a.md")
 

@@ -21,7 +21,7 @@ from numpy.typing import DTypeLike
 
 from samfeat.teacher_cache.schema import MAX_KEYPOINTS, Codec, StoreSpec, Targets
 
-_EMPTY = 2**64 - 1  # offset and length of an omitted chunk, which holds only the fill value
+EMPTY = 2**64 - 1  # offset and length of an omitted chunk, which holds only the fill value
 _CHECKSUM_BYTES = 4
 _ENTRY_BYTES = 16  # offset and length
 
@@ -105,7 +105,7 @@ class ChunkReader:
         number, place = divmod(row, self.shard_rows)
         shard = self._open.get(number) or self._see(number, row)
         offset, length = shard.entries[place * self.row_chunks + chunk].tolist()
-        if offset == length == _EMPTY:
+        if offset == length == EMPTY:
             out[...] = self.fill_value
         elif offset + length > shard.size:
             raise self._damaged(row, "the index of its shard points outside the file")
@@ -130,8 +130,8 @@ class ChunkReader:
         length = _ENTRY_BYTES * self.shard_rows * self.row_chunks
         start = shard.size - length - _CHECKSUM_BYTES
         stored = os.pread(shard.file, length + _CHECKSUM_BYTES, start) if start >= 0 else b""
-        listed, checksum = stored[:length], stored[length:]
-        if _checksum(listed) != checksum:
+        listed, stored_sum = stored[:length], stored[length:]
+        if checksum(listed) != stored_sum:
             raise self._damaged(row, "the index of its shard fails its checksum")
         shard.entries = np.frombuffer(listed, "<u8").reshape(-1, 2)
         while len(self._open) >= self.files:
@@ -158,8 +158,8 @@ class ChunkReader:
 
 def _decompress_lz4(chunk: bytes, out: np.ndarray) -> None:
     """A blosc 1 buffer, whose header gives its raw and compressed size (bytes 4 to 16), then its checksum."""
-    buffer, checksum = chunk[:-_CHECKSUM_BYTES], chunk[-_CHECKSUM_BYTES:]
-    if _checksum(buffer) != checksum:
+    buffer, stored_sum = chunk[:-_CHECKSUM_BYTES], chunk[-_CHECKSUM_BYTES:]
+    if checksum(buffer) != stored_sum:
         raise ValueError("it fails its checksum")
     if int.from_bytes(buffer[4:8], "little") != out.nbytes or int.from_bytes(buffer[12:16], "little") != len(buffer):
         raise ValueError(f"it does not hold {out.nbytes} bytes")
@@ -178,5 +178,6 @@ def _decompress_zstd(frame: bytes, out: np.ndarray) -> None:
     zstd.decompress(frame, out)
 
 
-def _checksum(content: bytes) -> bytes:
+def checksum(content: bytes) -> bytes:
+    """CRC-32C of a chunk or an index, little-endian."""
     return google_crc32c.value(content).to_bytes(_CHECKSUM_BYTES, "little")

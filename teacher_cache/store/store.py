@@ -39,6 +39,7 @@ from samfeat.teacher_cache.store.zarr_arrays import (
     MEND,
     Group,
     chunk_reader,
+    chunk_writer,
     files_of,
     one_line,
     open_array,
@@ -59,6 +60,7 @@ class TeacherCache:
         self._arrays = {array.name: open_array(group, array, path) for array in spec.arrays()}
         readers = {name: chunk_reader(array, path) for name, array in self._arrays.items()}
         self._readers = {name: reader for name, reader in readers.items() if reader}
+        self._writers = {name: chunk_writer(self._arrays[name], reader) for name, reader in self._readers.items()}
         self.has_checksums = not path.protocol and path.suffix != ".zip" and bool(group.attrs.get("shard_checksums"))
         self._sparse = {array.name for array in spec.arrays() if array.sparse}
 
@@ -337,7 +339,9 @@ class TeacherCache:
         block = np.zeros((len(values), *shape), array.dtype)
         for row, value in enumerate(values):
             block[(slice(row, row + 1), *_first(value.shape))] = value
-        if block.size:
+        if name in self._writers:
+            self._writers[name].write(start // array.shards[0], block)
+        elif block.size and not (name in self._sparse and (block == array.fill_value).all()):
             array[(slice(start, start + len(values)), *_first(shape))] = block
 
     def _forget(self, shard: int) -> None:

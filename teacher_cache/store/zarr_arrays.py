@@ -14,18 +14,21 @@ from upath import UPath
 from zarr import Array, Group
 from zarr.abc.codec import BytesBytesCodec
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, ShardingCodec, ZstdCodec
+from zarr.core.indexing import morton_order_iter
 from zarr.core.metadata.v3 import ArrayV3Metadata
 from zarr.storage import FsspecStore, LocalStore, ZipStore
 
-from samfeat.teacher_cache.schema import ArraySpec, Codec, StoreSpec
+from samfeat.teacher_cache.schema import LZ4_LEVEL, ZSTD_LEVEL, ArraySpec, Codec, StoreSpec
 from samfeat.teacher_cache.store.checksums import ATTRIBUTE, metadata_checksums
 from samfeat.teacher_cache.store.chunk_reader import ChunkReader
+from samfeat.teacher_cache.store.chunk_writer import ChunkWriter
 
 __all__ = [
     "MEND",
     "Array",
     "Group",
     "chunk_reader",
+    "chunk_writer",
     "files_of",
     "one_line",
     "open_array",
@@ -37,8 +40,8 @@ MEND = "run the teacher-cache command that wrote the store again, with --repair"
 OPEN_SHARE = 32  # of the files that a process may have open, one in so many is a shard of each array
 CODECS: dict[Codec, tuple[BytesBytesCodec, ...]] = {
     "none": (),
-    "lz4": (BloscCodec(cname="lz4hc", clevel=5, shuffle="noshuffle", blocksize=0, typesize=1), Crc32cCodec()),
-    "zstd": (ZstdCodec(level=9, checksum=True),),
+    "lz4": (BloscCodec(cname="lz4hc", clevel=LZ4_LEVEL, shuffle="noshuffle", blocksize=0, typesize=1), Crc32cCodec()),
+    "zstd": (ZstdCodec(level=ZSTD_LEVEL, checksum=True),),
 }
 
 
@@ -140,6 +143,20 @@ def chunk_reader(array: Array[Any], path: UPath) -> ChunkReader | None:
         fill_value=array.fill_value,
         codec=found[0],
         files=max(4, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // OPEN_SHARE),
+    )
+
+
+def chunk_writer(array: Array[Any], reader: ChunkReader) -> ChunkWriter:
+    """A writer of shards without zarr, for an array with such a reader."""
+    grid = tuple(s // c for s, c in zip(array.shards or (), array.chunks, strict=True))
+    return ChunkWriter(
+        folder=reader.folder,
+        chunk=array.chunks,
+        order=np.array(list(morton_order_iter(grid))),
+        grid=grid,
+        fill_value=reader.fill_value,
+        codec=reader.codec,
+        omits_empty=not array.config.write_empty_chunks,
     )
 
 
