@@ -110,7 +110,10 @@ def main() -> None:
     lines = ["| what | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in summary.items())]
     arguments.out.with_suffix(".md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
-    record({"cluster": float(summary["share of the ideal, from the first images on"].removesuffix("%"))}, beside=arguments.out)
+    record(
+        {"cluster": float(summary["share of the ideal, from the first images on"].removesuffix("%"))},
+        beside=arguments.out,
+    )
 
 
 def simulate(arguments: argparse.Namespace, folder: Path) -> tuple[list[dict[str, float]], dict[str, Any]]:

@@ -51,7 +51,9 @@ BARS = {
     "mask decoder, 40 % pass": Bar(2.5, "higher", "x", "the same, where 40 % of the prompts pass"),
     "masks to boxes": Bar(6.0, "higher", "x", "segment_anything's time, to ours"),
     "ViT-H, 1,024 prompts": Bar(7.3, "lower", "TFLOP", "arithmetic of an image"),
-    "cluster": Bar(90.0, "higher", "%", "images per second of 8 simulated workers from the first images on, of the ideal"),
+    "cluster": Bar(
+        90.0, "higher", "%", "images per second of 8 simulated workers from the first images on, of the ideal"
+    ),
 }
 
 
