@@ -1,9 +1,10 @@
 """Distillation of the teacher's embedding: by its relations (equations 7 and 8) or by the features themselves.
 
 The relation matrices of an image have (h w)^2 entries, 6.25 million at 400 x 400 pixels, and are never stored whole.
-With unit features s and t, the difference is D = R' - R = [s, t] [s, -t]^T, the loss sum(e^W |D|) / Z and its gradient
-with respect to s simply 2 / Z (e^W sign(D)) s. So one pass over row tiles gives both, and as D and W are symmetric, it
-takes only the tiles on and right of the diagonal. On CUDA the pass is :mod:`samfeat.student.relation_triton`.
+With unit features s and t, the difference is ``D = R' - R = [s, t] [s, -t]^T``, the loss sum(e^W |D|) / Z and its
+gradient with respect to s simply 2 / Z (e^W sign(D)) s. So one pass over row tiles gives both, and as D and W are
+symmetric, it takes only the tiles on and right of the diagonal. On CUDA the pass is
+:mod:`samfeat.student.relation_triton`.
 
 One thread of a CPU with AVX-512 and AMX takes 3.4 times less time than with whole matrices and autograd, 5.6 times less
 in bfloat16, and none of their 477 MB (``tests/benchmarks/bench_relation.py``, 4 images of 50 x 50 positions).

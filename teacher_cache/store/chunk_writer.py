@@ -40,6 +40,11 @@ class ChunkWriter:
     codec: Codec
     omits_empty: bool
 
+    @property
+    def rows(self) -> int:
+        """Rows per shard."""
+        return self.grid[0] * self.chunk[0]
+
     def write(self, shard: int, block: np.ndarray) -> None:
         """Write a shard that holds ``block`` from its first item on, and nothing else.
 

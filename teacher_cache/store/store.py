@@ -340,7 +340,7 @@ class TeacherCache:
         for row, value in enumerate(values):
             block[(slice(row, row + 1), *_first(value.shape))] = value
         if name in self._writers:
-            self._writers[name].write(start // array.shards[0], block)
+            self._writers[name].write(start // self._writers[name].rows, block)
         elif block.size and not (name in self._sparse and (block == array.fill_value).all()):
             array[(slice(start, start + len(values)), *_first(shape))] = block
 
