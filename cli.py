@@ -705,6 +705,39 @@ def live(
         )
 
 
+@app.command("app")
+def app_command(
+    cache: Annotated[
+        str | None, typer.Option(help="A cache folder, or one store, for the second tab; may be a URL.")
+    ] = None,
+    weights: WeightsOption = None,
+    peers: Annotated[
+        Path | None, typer.Option(help="Folder with the original weights of XFeat, ALIKED and DISK, to compare with.")
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on. By default, only this machine reaches it; there is no password.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="Port; by default the first free one from 7860. 0: any.")
+    ] = None,
+    device: DeviceOption = Device.auto,
+) -> None:
+    """Serve a page to match two photographs and to walk through a teacher cache. Ctrl-C ends it."""
+    must_exist(weights, peers)
+    _import_pycolmap()
+    from samfeat.pipelines.app import serve_page
+
+    serve_page(
+        weights=weights,
+        peers=peers,
+        cache=cache,
+        device=device.value,
+        host=host,
+        port=port,
+        ready=lambda address: say("[bold]{address}[/]: open it in a browser; Ctrl-C ends it", address=address),
+    )
+
+
 @app.command("match-pairs")
 def match_pairs_command(
     features_file: Annotated[Path, typer.Argument(metavar="FEATURES", help="An .h5 file from `extract` or hloc.")],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 
-EXTRAS = {"s3fs": "s3", "onnx": "onnx", "onnxruntime": "onnx", "onnxscript": "onnx"}
+EXTRAS = {"s3fs": "s3", "onnx": "onnx", "onnxruntime": "onnx", "onnxscript": "onnx", "gradio": "app"}
 SIGNS = ("not enough memory", "can't allocate memory", "out of memory", "Insufficient memory")
 
 

@@ -103,7 +103,7 @@ def picture_of_pair(stores: Sequence[TeacherCache], which: str, out: str | Path)
     records = [store.record(image) for image in found.images]
     colors = pca_rgb([record.output.embedding for record in records])
     targets = [tiles(record, own) for record, own in zip(records, colors)]
-    save_png(out, panel([[_correspondences(store, pair)], *targets], height=320))
+    save_png(out, panel([[correspondences(store, pair)], *targets], height=320))
     return f"{records[0].name} and {records[1].name}: {int(found.valid.sum())} correspondences -> {out}"
 
 
@@ -135,7 +135,7 @@ def write_gallery(
                 ]
                 entries.append({"name": record.name, "tiles": pictures, "pair": None})
             if len(views) == 2:
-                title, drawn = _correspondences(store, views[0] // 2)
+                title, drawn = correspondences(store, views[0] // 2)
                 entries[-1]["pair"] = photograph(title, drawn, alt=f"{title}: {' and '.join(r.name for r in records)}")
             done += len(views)
             if progress:
@@ -260,8 +260,8 @@ def tiles(record: Record, colors: np.ndarray | None = None) -> list[tuple[str, n
     ]
 
 
-def _correspondences(store: TeacherCache, pair: int) -> tuple[str, np.ndarray]:
-    """Title and picture of a pair's correspondences, of which ``SHOWN_MATCHES`` are drawn."""
+def correspondences(store: TeacherCache, pair: int) -> tuple[str, np.ndarray]:
+    """Title and picture (uint8 [H, W, 3]) of a pair's correspondences, of which ``SHOWN_MATCHES`` are drawn."""
     found = store.pair(pair)
     points = found.points[:, found.valid]
     some = _evenly(list(range(points.shape[1])), SHOWN_MATCHES)

@@ -23,7 +23,7 @@ import torch
 
 from samfeat.files import write_bytes
 from samfeat.pipelines.extract import Progress
-from samfeat.pipelines.features.methods import PEERS, load_method
+from samfeat.pipelines.features.methods import load_method, peer_weights
 from samfeat.pipelines.features.protocol import Method
 from samfeat.pipelines.training.processes import has_bf16
 from samfeat.student.extractor import DTYPES, SAMFeat
@@ -98,12 +98,9 @@ def other_methods(peers: Path | None, *, max_keypoints: int, device: str) -> lis
     found = [load_method(name, max_keypoints=max_keypoints) for name in ("sift", "orb")]
     if peers is None:
         return found
-    weights = {name: next(iter(sorted(peers.glob(f"{name}*"))), None) for name in PEERS}
-    if not any(weights.values()):
-        raise FileNotFoundError(f"{peers} holds no weights: put files there whose names begin with {', '.join(PEERS)}")
-    given = {name: path for name, path in weights.items() if path is not None}
     return found + [
-        load_method(name, weights=path, max_keypoints=max_keypoints, device=device) for name, path in given.items()
+        load_method(name, weights=path, max_keypoints=max_keypoints, device=device)
+        for name, path in peer_weights(peers).items()
     ]
 
 

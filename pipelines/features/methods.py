@@ -68,6 +68,18 @@ def load_method(
     return opencv.load_opencv(name, max_keypoints=max_keypoints or MAX_KEYPOINTS)
 
 
+def peer_weights(folder: Path) -> dict[str, Path]:
+    """The peers' weights in a folder, by the peer's name: files whose names begin with it.
+
+    Raises:
+        FileNotFoundError: the folder holds no such file.
+    """
+    found = {name: path for name in PEERS for path in sorted(folder.glob(f"{name}*"))[:1]}
+    if not found:
+        raise FileNotFoundError(f"{folder} holds no weights: put files there whose names begin with {', '.join(PEERS)}")
+    return found
+
+
 def _samfeat(weights: Path, device: str, options: Mapping[str, Any]) -> Method:
     from samfeat.student.extractor import SAMFeat
 
