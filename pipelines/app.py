@@ -48,11 +48,14 @@ FIRST_PORT, PORTS = 7860, 100  # gradio's own
 MAX_FILE = 40_000_000  # bytes of an upload
 KEYPOINTS, SIZES = (64, 8192), (256, 2048)  # ranges of the sliders
 SIDE = 1024  # pixels, of the longer side to begin with
+NARROW = 260  # pixels; where there is less room, one control a row
 WAITING = 16  # requests that may wait; the others are refused
 HINT = "Click a point of the image: how alike the embedding is there and elsewhere (cosine)."
 EXAMPLES = ("two cameras", "a plane, moved")
 CSS = """
 footer { display: none !important }
+.numbers table { display: block; width: max-content; max-width: 100%; overflow-x: auto }
+.numbers td, .numbers th { white-space: nowrap }
 .pictures { display: grid; gap: 10px; margin-bottom: 16px }
 .pictures { grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)) }
 .pictures.wide { grid-template-columns: 1fr }
@@ -283,14 +286,14 @@ def _match_tab(
     verify.render()
     with gr.Row():
         budget = min(config["max_keypoints"] or KEYPOINTS[1], KEYPOINTS[1])
-        keypoints = gr.Slider(*KEYPOINTS, value=budget, step=1, label="Keypoints, at most", buttons=[])
-        threshold = gr.Slider(
-            0, 1, value=config["detection_threshold"], step=0.01, label="Threshold (samfeat)", buttons=[]
-        )
-        ratio = gr.Slider(0.5, 1, value=1, step=0.01, label="Ratio test (1: none)", buttons=[])
-        side = gr.Slider(*SIZES, value=SIDE, step=16, label="Longer side, pixels", buttons=[])
+        keypoints = _slider(*KEYPOINTS, value=budget, step=1, label="Keypoints, at most")
+        threshold = _slider(0, 1, value=config["detection_threshold"], step=0.01, label="Threshold (samfeat)")
+        ratio = _slider(0.5, 1, value=1, step=0.01, label="Ratio test (1: none)")
+        side = _slider(*SIZES, value=SIDE, step=16, label="Longer side, pixels")
     button = gr.Button("Match", variant="primary")
-    numbers = gr.Markdown(min_height=60)
+    numbers = gr.Markdown(
+        "Choose two photographs or an example, then press Match.", min_height=60, elem_classes="numbers"
+    )
     pictures = gr.HTML()
 
     def answer(
@@ -344,11 +347,27 @@ def _match_tab(
     )
 
 
+def _slider(low: float, high: float, **options: Any) -> Any:
+    """A slider that moves values into its range: those typed into its box pass through others on their way."""
+    import gradio as gr
+
+    slider = gr.Slider(low, high, buttons=[], min_width=NARROW, **options)
+    slider.preprocess = lambda value: low if value is None else min(max(value, low), high)
+    return slider
+
+
 def _photograph(label: str) -> Any:
     """An upload whose value is the path of its file, unread: gradio would decode it without our own limits."""
     import gradio as gr
 
-    upload = gr.Image(label=label, sources=["upload", "clipboard"], type="filepath", height=320, buttons=["fullscreen"])
+    upload = gr.Image(
+        label=label,
+        sources=["upload", "clipboard"],
+        type="filepath",
+        height=320,
+        buttons=["fullscreen"],
+        min_width=NARROW,
+    )
     keep = upload.async_move_resource_to_block_cache
 
     async def kept(path: Any) -> Any:
@@ -441,10 +460,12 @@ def _cache_tab(page: Any, stores: Sequence[TeacherCache]) -> None:
     by_name = {store.path.name: store for store in stores}
     with gr.Row():
         chosen = gr.Dropdown(list(by_name), value=stores[0].path.name, label="Store", visible=len(stores) > 1)
-        number = gr.Slider(0, len(stores[0]) - 1, value=0, step=1, label="Image", buttons=[])
+        number = gr.Slider(0, len(stores[0]) - 1, value=0, step=1, label="Image", buttons=[], min_width=NARROW)
     with gr.Row():
-        picture = gr.Image(label="Click a point", type="numpy", interactive=False, height=400, buttons=["fullscreen"])
-        alike = gr.HTML()
+        picture = gr.Image(
+            label="Click a point", type="numpy", interactive=False, height=400, buttons=["fullscreen"], min_width=NARROW
+        )
+        alike = gr.HTML(min_width=NARROW)
     targets = gr.HTML()
 
     def show(name: str, number: int) -> Any:

@@ -203,8 +203,13 @@ def test_what_cannot_be_used_is_said_in_one_line(client, photographs, tmp_path):
         assert str(tmp_path) not in str(caught.value)
     with pytest.raises(Exception, match="choose a method"):
         ask(client, *photographs[:2], methods=())
-    with pytest.raises(Exception, match="100000 is greater than maximum value 2048"):
-        ask(client, *photographs[:2], side=100_000)
+
+
+@pytest.mark.integration
+def test_what_lies_outside_a_slider_is_moved_into_it(client, photographs):
+    numbers, _ = ask(client, *photographs[:2], keypoints=3, side=1)
+    assert "| orb | 64 and " in numbers
+    assert "matched at 256 x 171 and 256 x 246" in numbers
 
 
 @pytest.mark.integration
