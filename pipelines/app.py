@@ -54,7 +54,8 @@ HINT = "Click a point of the image: how alike the embedding is there and elsewhe
 EXAMPLES = ("two cameras", "a plane, moved")
 CSS = """
 footer { display: none !important }
-.numbers table { display: block; width: max-content; max-width: 100%; overflow-x: auto }
+.numbers { overflow-x: auto }
+.numbers table { width: max-content }
 .numbers td, .numbers th { white-space: nowrap }
 .pictures { display: grid; gap: 10px; margin-bottom: 16px }
 .pictures { grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)) }
