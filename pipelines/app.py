@@ -170,14 +170,13 @@ def serve_page(
     Raises:
         ValueError: weights or stores that are damaged or foreign.
         OSError: weights or stores that are not there, or a port that is in use.
-        ModuleNotFoundError: gradio is not installed.
+        ModuleNotFoundError: gradio, or what it brings, is not installed.
     """
     with tempfile.TemporaryDirectory(prefix="samfeat-app-") as folder, Interruption() as interruption:
         os.environ["GRADIO_TEMP_DIR"] = folder  # uploads and pictures: nobody else's, and removed at the end
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+        import fastapi
         import gradio as gr
-
-        import fastapi  # isort: skip  # gradio's, as is uvicorn
         import uvicorn
 
         page = make_page(weights=weights, peers=peers, cache=cache, device=device, folder=Path(folder))
@@ -256,7 +255,7 @@ def make_page(
     for name, file in others.items():
         load_method(name, weights=file, device=device)
     stores = open_stores(cache) if cache else []
-    with gr.Blocks(title="SAMFeat", analytics_enabled=False, delete_cache=(600, 3600)) as page:
+    with gr.Blocks(title="SAMFeat", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as page:
         with gr.Tab("Match"):
             _match_tab(student.config, weights, others, device, folder)
         if stores:
@@ -463,10 +462,12 @@ def _cache_tab(page: Any, stores: Sequence[TeacherCache]) -> None:
         chosen = gr.Dropdown(list(by_name), value=stores[0].path.name, label="Store", visible=len(stores) > 1)
         number = gr.Slider(0, len(stores[0]) - 1, value=0, step=1, label="Image", buttons=[], min_width=NARROW)
     with gr.Row():
-        picture = gr.Image(
-            label="Click a point", type="numpy", interactive=False, height=400, buttons=["fullscreen"], min_width=NARROW
-        )
-        alike = gr.HTML(min_width=NARROW)
+        with gr.Column(min_width=NARROW):
+            picture = gr.Image(
+                label="Click a point", type="numpy", interactive=False, height=400, buttons=["fullscreen"]
+            )
+        with gr.Column(min_width=NARROW):
+            alike = gr.HTML()
     targets = gr.HTML()
 
     def show(name: str, number: int) -> Any:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import errno
 
-EXTRAS = {"s3fs": "s3", "onnx": "onnx", "onnxruntime": "onnx", "onnxscript": "onnx", "gradio": "app"}
+EXTRAS = {
+    "s3fs": "s3",
+    **dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "onnx"),
+    **dict.fromkeys(("gradio", "fastapi", "uvicorn"), "app"),
+}
 SIGNS = ("not enough memory", "can't allocate memory", "out of memory", "Insufficient memory")
 
 
