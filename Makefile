@@ -17,7 +17,7 @@ READY := $(VENV)/.ready
 SAMPLE_SIZE := --crop-size 160 --pairs-per-scene 10  # of the embedded sample; photographs have the command's defaults
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all teacher-cache inspect train evaluate check bench docs-check figure clean clean-cache
+.PHONY: help install demo test test-all teacher-cache inspect train evaluate check bench docs docs-check figure clean clean-cache
 
 help:  ## list the verbs
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -85,6 +85,10 @@ bench: $(READY)  ## measurements, on one page: bench/report.html
 	@for file in tests/benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file; done
 	$(CLI) benchmark speed
 	$(BIN)/python tests/benchmarks/write_page.py
+
+docs: $(READY)  ## the documentation as a site: build/site/index.html
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 docs-check: $(READY)  ## run the documentation's code blocks on what the demo left in DEMO
 	$(BIN)/python tests/run_docs.py --demo $(DEMO)
