@@ -22,6 +22,7 @@ TEACHERS = {
     "sam_vit_h": "samfeat.teacher_cache.teachers.sam:SamVitH",
     "sam_vit_l": "samfeat.teacher_cache.teachers.sam:SamVitL",
     "sam_vit_b": "samfeat.teacher_cache.teachers.sam:SamVitB",
+    "sam2": "samfeat.teacher_cache.teachers.sam2:Sam2Teacher",
 }
 """``module:Class`` of every teacher, by name. Packages add their own in the entry-point group ``samfeat.teachers``."""
 

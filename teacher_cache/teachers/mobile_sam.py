@@ -66,10 +66,10 @@ class MobileSamTeacher(SamTeacher):
         return sam, file_sha256(path)
 
     @staticmethod
-    def encoder(sam: Any, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    def encoder(sam: Any, dtype: torch.dtype) -> Callable[[Tensor], tuple[Tensor, ...]]:
         """The TinyViT as it is, in ``dtype``, from float32 to float32."""
         network = copy.deepcopy(sam.image_encoder).to(dtype).eval()  # eval() builds its tables of biases anew
-        return lambda pixels: network(pixels.to(dtype)).float()
+        return lambda pixels: (network(pixels.to(dtype)).float(),)
 
 
 def mobile_sam() -> Any:

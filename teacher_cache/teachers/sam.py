@@ -35,8 +35,7 @@ from samfeat.teacher_cache.teachers.masks import describe, paint, sort_masks
 if TYPE_CHECKING:
     from segment_anything.modeling import Sam
 
-    from samfeat.teacher_cache.teachers.sam_decoder import SamDecoder
-    from samfeat.teacher_cache.teachers.sam_masks import Found, Frame
+    from samfeat.teacher_cache.teachers.sam_masks import Decoder, Found, Frame
 
 Precision = Literal["auto", "float32", "bfloat16"]
 
@@ -152,11 +151,19 @@ class SamTeacher:
         return load_sam(path, model=model)
 
     @staticmethod
-    def encoder(sam: Sam, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-        """The image encoder on the device of ``sam``: float32 [b, 3, s, s] -> float32 [b, c, h, w]."""
+    def encoder(sam: Sam, dtype: torch.dtype) -> Callable[[Tensor], tuple[Tensor, ...]]:
+        """The image encoder on the device of ``sam``: float32 [b, 3, s, s] -> maps [b, c, h, w], the embedding last."""
         from samfeat.teacher_cache.teachers.sam_encoder import SamEncoder
 
-        return SamEncoder(sam.image_encoder, dtype=dtype)
+        encode = SamEncoder(sam.image_encoder, dtype=dtype)
+        return lambda pixels: (encode(pixels),)
+
+    @staticmethod
+    def decoder(sam: Sam) -> Decoder:
+        """The mask decoder on the device of ``sam``."""
+        from samfeat.teacher_cache.teachers.sam_decoder import SamDecoder
+
+        return SamDecoder(sam)
 
     def _hold(
         self,
@@ -175,13 +182,11 @@ class SamTeacher:
         self._sam, self._device = sam.eval(), device
 
     @cached_property
-    def _parts(self) -> tuple[Callable[[Tensor], Tensor], SamDecoder]:
+    def _parts(self) -> tuple[Callable[[Tensor], tuple[Tensor, ...]], Decoder]:
         """Encoder and decoder on the device, moved there for the first image."""
-        from samfeat.teacher_cache.teachers.sam_decoder import SamDecoder
-
         sam = self._sam.to(self._device)
         with torch.inference_mode():
-            return self.encoder(sam, getattr(torch, self._identity["precision"])), SamDecoder(sam)
+            return self.encoder(sam, getattr(torch, self._identity["precision"])), self.decoder(sam)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle a teacher with a checkpoint as the path to load it from, which must exist where it is unpickled."""
@@ -229,20 +234,28 @@ class SamTeacher:
     def _teach(self, images: np.ndarray) -> list[TeacherOutput]:
         """Targets of one batch of images; the CPU work before and after runs outside the lock."""
         frame = self._frame(images.shape[1:3])
-        resized = (Image.fromarray(image).resize(frame.scaled[::-1], Image.Resampling.BILINEAR) for image in images)
-        scaled = np.stack([np.asarray(image) for image in resized])
+        scaled = self._scaled(images)
         with self._lock, torch.inference_mode():
-            seen = self._see(torch.from_numpy(scaled), frame)
+            seen = self._see(scaled, frame)
         return [self._output(*each) for each in zip(*seen)]
 
+    def _scaled(self, images: np.ndarray) -> Tensor:
+        """``images``, uint8 [b, H, W, 3], with the encoder's long side: uint8 [b, 3, h, w]."""
+        height, width = self._frame(images.shape[1:3]).scaled
+        resized = [Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR) for image in images]
+        return torch.from_numpy(np.stack([np.asarray(image) for image in resized])).permute(0, 3, 1, 2)
+
+    def _pixels(self, scaled: Tensor) -> Tensor:
+        """The encoder's input, float32 [b, 3, s, s]: ``scaled``, normalised and padded."""
+        return self._sam.preprocess(scaled)
+
     def _see(self, scaled: Tensor, frame: Frame) -> tuple[np.ndarray, list[Found], list[np.ndarray]]:
-        """Embeddings, masks and edge maps of ``scaled``, uint8 [b, h, w, 3], on the CPU."""
+        """Embeddings, masks and edge maps of ``scaled``, see :meth:`_scaled`, on the CPU."""
         from samfeat.teacher_cache.teachers.sam_masks import Found, find_edge_masks, find_masks
 
         ask, (encoder, decoder) = self.parameters, self._parts
-        pixels = self._sam.preprocess(scaled.to(self._device).permute(0, 3, 1, 2))
-        embeddings = encoder(pixels)
-        images = decoder.image_side(embeddings)
+        maps = encoder(self._pixels(scaled.to(self._device)))
+        images = decoder.image_side(*maps)
         found = find_masks(
             decoder,
             images,
@@ -272,7 +285,7 @@ class SamTeacher:
             for logits in edge_masks
         ]
         _, rows, columns = self.embedding_shape(frame.image)
-        cropped = embeddings[:, :, :rows, :columns].cpu().numpy()
+        cropped = maps[-1][:, :, :rows, :columns].cpu().numpy()
         return cropped, [Found(*(field.cpu() for field in each)) for each in found], edges
 
     def _output(self, embedding: np.ndarray, found: Found, edges: np.ndarray) -> TeacherOutput:

@@ -8,8 +8,8 @@ segment_anything, where 25 % pass (``tests/benchmarks/bench_teacher.py``). ``tes
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torchvision.ops import batched_nms
 
-from samfeat.teacher_cache.teachers.sam_decoder import ImageSide, LowResMasks, SamDecoder
+from samfeat.teacher_cache.teachers.sam_decoder import LowResMasks
 
 PROMPTS_AT_ONCE = {"cpu": 2, "cuda": 256}  # decoded together, over all images; each takes some 20 MiB
 PIXELS_AT_ONCE = {"cpu": 1 << 21, "cuda": 1 << 27}  # of masks at the size of the image
@@ -32,6 +32,26 @@ class Frame(NamedTuple):
     image: tuple[int, int]
     scaled: tuple[int, int]
     side: int
+
+
+class Decoder(Protocol):
+    """A prompt encoder and mask decoder; see :class:`samfeat.teacher_cache.teachers.sam_decoder.SamDecoder`."""
+
+    mask_size: tuple[int, int]
+    mask_threshold: float
+
+    def tokens(self, points: Float[Tensor, "p 2"]) -> Float[Tensor, "p t c"]:
+        """Tokens of prompts at ``points``, (x, y) in pixels of the scaled images (:class:`Frame`)."""
+        ...
+
+    @property
+    def image_side(self) -> Callable[..., Any]:
+        """Makes of the encoder's maps [i, c, h, w] what all prompts share; its ``features`` are [i, ...]."""
+        ...
+
+    def decode(self, images: Any, prompts: Float[Tensor, "p t c"], *, iou_above: float | None = None) -> LowResMasks:
+        """Masks of every prompt on every image whose predicted IoU is above ``iou_above``; all if None."""
+        ...
 
 
 class Found(NamedTuple):
@@ -58,8 +78,8 @@ class _Candidates(NamedTuple):
 
 
 def find_masks(
-    decoder: SamDecoder,
-    images: ImageSide,
+    decoder: Decoder,
+    images: Any,
     frame: Frame,
     *,
     points_per_side: int,
@@ -95,8 +115,8 @@ def find_masks(
 
 
 def find_edge_masks(
-    decoder: SamDecoder,
-    images: ImageSide,
+    decoder: Decoder,
+    images: Any,
     frame: Frame,
     *,
     points_per_side: int,
@@ -187,7 +207,7 @@ def _first_and_last(occupied: Bool[Tensor, "m n"]) -> tuple[Int[Tensor, " m"], I
     return torch.minimum(first, last), last  # of an empty row: (0, 0)
 
 
-def _prompts(decoder: SamDecoder, images: ImageSide, points_per_side: int, frame: Frame) -> Float[Tensor, "p t c"]:
+def _prompts(decoder: Decoder, images: Any, points_per_side: int, frame: Frame) -> Float[Tensor, "p t c"]:
     """Prompts at the centres of a grid of cells over the image, row by row."""
     device = images.features.device
     y, x = (
@@ -198,7 +218,7 @@ def _prompts(decoder: SamDecoder, images: ImageSide, points_per_side: int, frame
 
 
 def _decode(
-    decoder: SamDecoder, images: ImageSide, prompts: Float[Tensor, "p t c"], iou_above: float | None
+    decoder: Decoder, images: Any, prompts: Float[Tensor, "p t c"], iou_above: float | None
 ) -> Iterator[LowResMasks]:
     step = max(1, PROMPTS_AT_ONCE[prompts.device.type] // len(images.features))
     for some in prompts.split(step):
