@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -686,7 +685,8 @@ def stand_in(*arguments, **options):
         print("started", flush=True)
         time.sleep(30)
     finally:
-        time.sleep(1.0)  # saving
+        print("saving", flush=True)
+        sys.stdin.readline()  # takes until the test has sent all signals
         print("saved", flush=True)
 
 import samfeat.pipelines.match as place
@@ -701,17 +701,28 @@ def test_signals_end_in_75_and_a_second_one_does_not_disturb_the_saving(tmp_path
     """``match`` imports pycolmap, which brings a handler of SIGTERM of its own."""
     photo(tmp_path / "a.png")
     process = subprocess.Popen(
-        [sys.executable, "-c", INTERRUPTED], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+        [sys.executable, "-c", INTERRUPTED],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
     )
     assert process.stdout is not None
+    assert process.stderr is not None
     assert process.stdout.readline() == "started\n"
-    for number in sent:
+    first, *others = sent
+    process.send_signal(first)
+    assert process.stdout.readline() == "saving\n"
+    seen = []
+    for number in others:
         process.send_signal(number)
-        time.sleep(0.3)
-    out, err = process.communicate(timeout=60)
+        seen.append(process.stderr.readline().rstrip())
+    out, err = process.communicate("\n", timeout=60)
     assert (process.returncode, "saved" in out) == (75, True), err
     lines = ["already stopping: finished work is being saved"] * (len(sent) - 1)
-    assert err.splitlines() == [*lines, "interrupted: finished work is kept, run the same command again to resume"]
+    assert seen == lines
+    assert err.splitlines() == ["interrupted: finished work is kept, run the same command again to resume"]
 
 
 def test_every_command_that_may_load_pycolmap_takes_the_signals_back():

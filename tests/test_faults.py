@@ -117,7 +117,7 @@ def _command(process: psutil.Process) -> list[str]:
 def test_interrupted(tmp_path, undisturbed):
     path = tmp_path / "a.zarr"
     for _ in range(3):
-        process = start(path, pause=0.01)
+        process = start(path, pause=0.1)
         assert said(process, "started")
         time.sleep(0.1)
         process.kill(signal.SIGINT)
@@ -158,7 +158,7 @@ def test_a_full_disk(tmp_path, undisturbed, size):
 
 
 def test_moved_and_continued(tmp_path, undisturbed):
-    process = start(tmp_path / "a.zarr", pause=0.01)
+    process = start(tmp_path / "a.zarr", pause=0.1)
     assert said(process, "started")
     time.sleep(0.3)
     process.kill()
