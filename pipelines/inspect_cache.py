@@ -256,7 +256,7 @@ def tiles(record: Record, colors: np.ndarray | None = None) -> list[tuple[str, n
         ("embedding (PCA)", embedding),
         (f"groups ({len(output.masks.stack)} masks)", color_groups(groups, image)),
         ("edges", enlarged(color_map(output.edges, "gray", low=0, high=255), factor)),
-        (f"{len(record.keypoints)} labels", draw_keypoints(image, labels, record.keypoints[:, 2])),
+        (f"{len(record.keypoints)} labels", draw_keypoints(image, labels, record.keypoints[:, 2], radius=2)),
     ]
 
 
@@ -321,8 +321,9 @@ def _spread(values: np.ndarray) -> str:
 
 
 def _account(values: Mapping[str, Any]) -> str:
-    """Plain values of a provenance; nested parameters stay in the store's attributes."""
-    return ", ".join(f"{key} {value}" for key, value in values.items() if not isinstance(value, Mapping))
+    """Plain values of a provenance, digests cut; nested parameters stay in the store's attributes."""
+    plain = {key: value for key, value in values.items() if not isinstance(value, Mapping)}
+    return ", ".join(f"{key} {value[:12] if key.endswith('_sha256') else value}" for key, value in plain.items())
 
 
 def _sizes(store: TeacherCache) -> str:

@@ -122,8 +122,13 @@ def draw_errors(
     return draw_matches(image0, image1, points0[chosen], points1[chosen], colors=colors)
 
 
-def draw_keypoints(image: np.ndarray, keypoints: np.ndarray, scores: np.ndarray | None = None) -> np.ndarray:
-    """Circles around keypoints [K, 2]; with scores [K], coloured by rank, from blue to yellow, best on top."""
+def draw_keypoints(
+    image: np.ndarray, keypoints: np.ndarray, scores: np.ndarray | None = None, *, radius: int = 4
+) -> np.ndarray:
+    """Circles around keypoints [K, 2]; with scores [K], coloured by rank, from blue to yellow, best on top.
+
+    ``radius`` is in widths of a line, which grows with the image.
+    """
     canvas = image.copy()
     if scores is None or len(keypoints) == 0:
         colors = np.tile(np.array(GREEN, np.uint8), (len(keypoints), 1))
@@ -132,8 +137,8 @@ def draw_keypoints(image: np.ndarray, keypoints: np.ndarray, scores: np.ndarray 
         keypoints, colors = np.asarray(keypoints)[order], color_map(np.arange(len(order))[None], "plasma")[0]
     width = _line_width(image)
     for point, color in zip(_fixed(keypoints), colors.tolist(), strict=True):
-        cv2.circle(canvas, point, 4 * width << _SHIFT, INK, 3 * width, cv2.LINE_AA, _SHIFT)
-        cv2.circle(canvas, point, 4 * width << _SHIFT, color, width, cv2.LINE_AA, _SHIFT)
+        cv2.circle(canvas, point, radius * width << _SHIFT, INK, 3 * width, cv2.LINE_AA, _SHIFT)
+        cv2.circle(canvas, point, radius * width << _SHIFT, color, width, cv2.LINE_AA, _SHIFT)
     return canvas
 
 
