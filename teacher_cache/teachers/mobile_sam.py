@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from samfeat.teacher_cache.teachers.checkpoints import Progress, file_sha256, read_tensors
+from samfeat.teacher_cache.teachers.checkpoints import file_sha256, read_tensors
 from samfeat.teacher_cache.teachers.sam import SamTeacher
 
 FILE = "mobile_sam.pt"
@@ -30,26 +30,8 @@ class MobileSamTeacher(SamTeacher):
     """MobileSAM; see :class:`SamTeacher` for arguments, targets and errors."""
 
     name = "mobile_sam"
-
-    @classmethod
-    def build(
-        cls,
-        *,
-        checkpoint: str | Path | None = None,
-        downloads: Path | None = None,
-        device: str = "auto",
-        progress: Progress | None = None,
-        **parameters: Any,
-    ) -> MobileSamTeacher:
-        """The teacher with the weights in ``checkpoint``; nothing is ever downloaded.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: no file is given, or it holds something else; the package is missing.
-        """
-        if checkpoint is None:
-            raise ValueError(f"teacher mobile_sam needs its authors' weights: give --checkpoint {FILE} ({SOURCE})")
-        return cls("vit_t", checkpoint=checkpoint, device=device, **parameters)
+    _model = "vit_t"
+    _source = f"{FILE} ({SOURCE})"
 
     @staticmethod
     def load(path: Path, model: str) -> tuple[Any, str]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 import torch
@@ -104,6 +104,8 @@ class SamTeacher:
     """
 
     name = "sam"
+    _model = "vit_h"
+    _source = ""
     _recipe: tuple[Any, ...] | None = None  # arguments of the constructor, if it was used
 
     def __init__(
@@ -119,6 +121,28 @@ class SamTeacher:
         sam, digest = self.load(Path(checkpoint), model)
         self._hold(sam, target, model, digest, precision, settings)
         self._recipe = (model, str(Path(checkpoint).resolve()), device, precision, parameters)
+
+    @classmethod
+    def build(
+        cls,
+        *,
+        checkpoint: str | Path | None = None,
+        downloads: Path | None = None,
+        device: str = "auto",
+        progress: Progress | None = None,
+        **parameters: Any,
+    ) -> Self:
+        """The teacher with the weights in ``checkpoint``; without, SAM's are downloaded into ``downloads``.
+
+        Raises:
+            FileNotFoundError, ValueError: as the constructor; there is neither a checkpoint nor a folder for it.
+            OSError: the download failed; calling again resumes it.
+        """
+        return cls(cls._model, checkpoint=checkpoint or cls._weights(downloads, progress), device=device, **parameters)
+
+    @classmethod
+    def _weights(cls, downloads: Path | None, progress: Progress | None) -> Path:
+        raise ValueError(f"teacher {cls.name} needs its authors' weights: give --checkpoint {cls._source}")
 
     @classmethod
     def from_sam(
@@ -296,30 +320,13 @@ class SamTeacher:
 
 
 class SamVitH(SamTeacher):
-    """SAM's largest model, by its name on the command line."""
-
-    _model = "vit_h"
+    """SAM's largest model, by its name on the command line; its weights are downloaded where none are given."""
 
     @classmethod
-    def build(
-        cls,
-        *,
-        checkpoint: str | Path | None = None,
-        downloads: Path | None = None,
-        device: str = "auto",
-        progress: Progress | None = None,
-        **parameters: Any,
-    ) -> SamTeacher:
-        """The teacher; its weights are downloaded into ``downloads`` if no ``checkpoint`` is given.
-
-        Raises:
-            ValueError: as :class:`SamTeacher`; there is neither a checkpoint nor a folder for it.
-            OSError: the download failed; calling again resumes it.
-        """
-        if checkpoint is None and downloads is None:
+    def _weights(cls, downloads: Path | None, progress: Progress | None) -> Path:
+        if downloads is None:
             raise ValueError(f"sam_{cls._model} needs SAM's weights: give its checkpoint")
-        path = checkpoint or fetch_checkpoint(cls._model, downloads or Path(), progress=progress)
-        return SamTeacher(cls._model, checkpoint=path, device=device, **parameters)
+        return fetch_checkpoint(cls._model, downloads, progress=progress)
 
     @classmethod
     def unfetched(cls, downloads: Path) -> str:

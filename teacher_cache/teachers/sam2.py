@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from samfeat.teacher_cache.teachers.checkpoints import Progress, file_sha256
+from samfeat.teacher_cache.teachers.checkpoints import file_sha256
 from samfeat.teacher_cache.teachers.sam import SamTeacher
 from samfeat.teacher_cache.teachers.sam_decoder import LowResMasks
 from samfeat.teacher_cache.teachers.sam_masks import Frame
@@ -32,26 +32,8 @@ class Sam2Teacher(SamTeacher):
     """SAM 2; see :class:`SamTeacher` for arguments, targets and errors. The checkpoint is a folder."""
 
     name = "sam2"
-
-    @classmethod
-    def build(
-        cls,
-        *,
-        checkpoint: str | Path | None = None,
-        downloads: Path | None = None,
-        device: str = "auto",
-        progress: Progress | None = None,
-        **parameters: Any,
-    ) -> Sam2Teacher:
-        """The teacher with the weights in ``checkpoint``; nothing is ever downloaded.
-
-        Raises:
-            FileNotFoundError: there is no such folder.
-            ValueError: no folder is given, or it holds something else; transformers is not installed.
-        """
-        if checkpoint is None:
-            raise ValueError(f"teacher sam2 needs its authors' weights: give --checkpoint FOLDER ({SOURCE})")
-        return cls("hiera", checkpoint=checkpoint, device=device, **parameters)
+    _model = "hiera"
+    _source = f"FOLDER ({SOURCE})"
 
     @staticmethod
     def load(path: Path, model: str) -> tuple[Any, str]:
