@@ -19,7 +19,7 @@ from zarr.storage import MemoryStore
 
 from samfeat.teacher_cache.schema import Failure, StoreSpec, Targets
 from samfeat.teacher_cache.store import TeacherCache
-from samfeat.teacher_cache.store.chunk_reader import empty_targets
+from samfeat.teacher_cache.store.chunks import empty_targets
 from samfeat.teacher_cache.store.zarr_arrays import chunk_reader
 
 UNPAIRED = dataclasses.replace(SPEC, images=5, paired=False, shard_images=2)  # the last shard is short

@@ -34,10 +34,10 @@ def test_a_store_has_the_bytes_that_zarr_writes(tmp_path, monkeypatch, paired):
 
 class _ByZarr:
     def __init__(self, array):
-        self.array = array
+        self.array, self.rows = array, array.shards[0]
 
     def write(self, shard, block):
-        start = shard * self.array.shards[0]
+        start = shard * self.rows
         if block.size:
             self.array[(slice(start, start + len(block)), *(slice(side) for side in block.shape[1:]))] = block
 
@@ -83,7 +83,7 @@ def test_nothing_is_left_of_a_write_that_fails(tmp_path, monkeypatch):
     )
     array = array.with_config({"write_empty_chunks": True})
     writer = chunk_writer(array, chunk_reader(array, UPath(tmp_path)))
-    monkeypatch.setattr("samfeat.teacher_cache.store.chunk_writer.Path.replace", _full)
+    monkeypatch.setattr("samfeat.teacher_cache.store.chunks.Path.replace", _full)
     with pytest.raises(OSError, match="No space"):
         writer.write(0, np.ones(4, np.uint8))
     assert [path.name for path in (tmp_path / "a").rglob("*") if path.is_file()] == ["zarr.json"]

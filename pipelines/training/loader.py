@@ -26,7 +26,7 @@ from samfeat.pipelines.errors import is_out_of_memory
 from samfeat.pipelines.training.pace import LATE
 from samfeat.teacher_cache.schema import MAX_KEYPOINTS, POINTS, Pair, Targets
 from samfeat.teacher_cache.store import TeacherCache
-from samfeat.teacher_cache.store.chunk_reader import empty_targets
+from samfeat.teacher_cache.store.chunks import empty_targets
 
 PREFETCHED = 2  # batches read ahead
 GRID = math.isqrt(POINTS - 1) + 1  # side of the smallest square grid with a cell for every point

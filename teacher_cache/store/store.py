@@ -33,7 +33,7 @@ from samfeat.teacher_cache.schema import (
     Targets,
 )
 from samfeat.teacher_cache.store.checksums import manifest_of, write_manifest
-from samfeat.teacher_cache.store.chunk_reader import empty_targets
+from samfeat.teacher_cache.store.chunks import empty_targets
 from samfeat.teacher_cache.store.rows import STORED, record_of, rows, unpack
 from samfeat.teacher_cache.store.zarr_arrays import (
     MEND,
@@ -211,7 +211,7 @@ class TeacherCache:
 
         Args:
             image: its number.
-            targets: output; a row of :func:`~samfeat.teacher_cache.store.chunk_reader.empty_targets`.
+            targets: output; a row of :func:`~samfeat.teacher_cache.store.chunks.empty_targets`.
 
         Returns:
             the number of keypoints; the rows beyond are zero.

@@ -20,8 +20,7 @@ from zarr.storage import FsspecStore, LocalStore, ZipStore
 
 from samfeat.teacher_cache.schema import LZ4_LEVEL, ZSTD_LEVEL, ArraySpec, Codec, StoreSpec
 from samfeat.teacher_cache.store.checksums import ATTRIBUTE, metadata_checksums
-from samfeat.teacher_cache.store.chunk_reader import ChunkReader
-from samfeat.teacher_cache.store.chunk_writer import ChunkWriter
+from samfeat.teacher_cache.store.chunks import ChunkReader, ChunkWriter
 
 __all__ = [
     "MEND",

@@ -1,27 +1,32 @@
-"""Read single chunks of sharded Zarr v3 arrays in local files directly into the caller's memory.
+"""Read single chunks of sharded Zarr v3 arrays in local files, and write whole shards, without zarr.
 
 A Zarr library spends about a millisecond of bookkeeping on each chunk. Here the index of a shard is parsed once, and
 every chunk is one ``preadv``: into the caller's array if chunks are uncompressed, else followed by one decoder call.
-The GIL is released meanwhile, so threads read in parallel.
+The GIL is released meanwhile, so threads read in parallel. A task of 32 images writes some 500 small chunks: they are
+encoded in one loop, and written with their index by one call, to the bytes that zarr writes.
 
 Single images are read 38 times as fast as by zarr, at 0.87 of the speed of a NumPy memmap
-(``tests/benchmarks/bench_store.py``). ``tests/test_chunk_reader.py`` compares with zarr.
+(``tests/benchmarks/bench_store.py``), and a shard of small images is written in a third of the processor time
+(``tests/benchmarks/bench_scale.py``). ``tests/test_chunk_reader.py`` and ``tests/test_chunk_writer.py`` compare with
+zarr.
 """
 
 from __future__ import annotations
 
 import os
+import secrets
 from dataclasses import dataclass, field
 from math import prod
+from pathlib import Path
 
 import google_crc32c
 import numpy as np
 from numcodecs import blosc, zstd
 from numpy.typing import DTypeLike
 
-from samfeat.teacher_cache.schema import MAX_KEYPOINTS, Codec, StoreSpec, Targets
+from samfeat.teacher_cache.schema import LZ4_LEVEL, MAX_KEYPOINTS, ZSTD_LEVEL, Codec, StoreSpec, Targets
 
-EMPTY = 2**64 - 1  # offset and length of an omitted chunk, which holds only the fill value
+_EMPTY = 2**64 - 1  # offset and length of an omitted chunk, which holds only the fill value
 _CHECKSUM_BYTES = 4
 _ENTRY_BYTES = 16  # offset and length
 
@@ -105,7 +110,7 @@ class ChunkReader:
         number, place = divmod(row, self.shard_rows)
         shard = self._open.get(number) or self._see(number, row)
         offset, length = shard.entries[place * self.row_chunks + chunk].tolist()
-        if offset == length == EMPTY:
+        if offset == length == _EMPTY:
             out[...] = self.fill_value
         elif offset + length > shard.size:
             raise self._damaged(row, "the index of its shard points outside the file")
@@ -131,7 +136,7 @@ class ChunkReader:
         start = shard.size - length - _CHECKSUM_BYTES
         stored = os.pread(shard.file, length + _CHECKSUM_BYTES, start) if start >= 0 else b""
         listed, stored_sum = stored[:length], stored[length:]
-        if checksum(listed) != stored_sum:
+        if _checksum(listed) != stored_sum:
             raise self._damaged(row, "the index of its shard fails its checksum")
         shard.entries = np.frombuffer(listed, "<u8").reshape(-1, 2)
         while len(self._open) >= self.files:
@@ -156,10 +161,86 @@ class ChunkReader:
         )
 
 
+@dataclass(frozen=True)
+class ChunkWriter:
+    """The shards of one array of fixed-size items, little-endian, in C order.
+
+    Attributes:
+        folder: the array's folder.
+        chunk: shape of a chunk.
+        order: int [n, axes], coordinates of a shard's chunks in the order of the file.
+        grid: chunks per shard along each axis, in the order of the index.
+        fill_value: value that completes chunks at the end of an axis.
+        codec: see :class:`ChunkReader`.
+        omits_empty: whether chunks that hold only the fill value are left out.
+    """
+
+    folder: str
+    chunk: tuple[int, ...]
+    order: np.ndarray
+    grid: tuple[int, ...]
+    fill_value: int | float | bool
+    codec: Codec
+    omits_empty: bool
+
+    @property
+    def rows(self) -> int:
+        """Rows per shard."""
+        return self.grid[0] * self.chunk[0]
+
+    def write(self, shard: int, block: np.ndarray) -> None:
+        """Write a shard that holds ``block`` from its first item on, and nothing else.
+
+        The file appears under its name when it is complete; without any chunk there is no file.
+
+        Raises:
+            OSError: the disk is full or not writable.
+        """
+        reached = [-(-length // side) for length, side in zip(block.shape, self.chunk, strict=True)]
+        index = np.full((*self.grid, 2), _EMPTY, "<u8")
+        parts: list[bytes] = []
+        size = 0
+        for place in map(tuple, self.order[(self.order < reached).all(axis=1)].tolist()):
+            content = self._encoded(block, place)
+            if content is not None:
+                index[place] = size, len(content)
+                parts.append(content)
+                size += len(content)
+        if not parts:
+            return
+        listed = index.tobytes()
+        path = Path(f"{self.folder}/c/{shard}" + "/0" * (len(self.grid) - 1))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
+        try:
+            with partial.open("xb") as file:
+                file.writelines([*parts, listed, _checksum(listed)])
+            partial.replace(path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+    def _encoded(self, block: np.ndarray, place: tuple[int, ...]) -> bytes | None:
+        """One chunk as stored; None if it is left out."""
+        first = [at * side for at, side in zip(place, self.chunk, strict=True)]
+        values = block[tuple(slice(start, start + side) for start, side in zip(first, self.chunk, strict=True))]
+        if values.shape != self.chunk:
+            whole = np.full(self.chunk, self.fill_value, block.dtype)
+            whole[tuple(map(slice, values.shape))] = values
+            values = whole
+        if self.omits_empty and not (values != self.fill_value).any():
+            return None
+        raw = values.tobytes()
+        if self.codec == "lz4":
+            buffer = blosc.compress(raw, b"lz4hc", LZ4_LEVEL, blosc.NOSHUFFLE, 0, 1)
+            return buffer + _checksum(buffer)
+        return zstd.compress(raw, ZSTD_LEVEL, True) if self.codec == "zstd" else raw
+
+
 def _decompress_lz4(chunk: bytes, out: np.ndarray) -> None:
     """A blosc 1 buffer, whose header gives its raw and compressed size (bytes 4 to 16), then its checksum."""
     buffer, stored_sum = chunk[:-_CHECKSUM_BYTES], chunk[-_CHECKSUM_BYTES:]
-    if checksum(buffer) != stored_sum:
+    if _checksum(buffer) != stored_sum:
         raise ValueError("it fails its checksum")
     if int.from_bytes(buffer[4:8], "little") != out.nbytes or int.from_bytes(buffer[12:16], "little") != len(buffer):
         raise ValueError(f"it does not hold {out.nbytes} bytes")
@@ -178,6 +259,6 @@ def _decompress_zstd(frame: bytes, out: np.ndarray) -> None:
     zstd.decompress(frame, out)
 
 
-def checksum(content: bytes) -> bytes:
+def _checksum(content: bytes) -> bytes:
     """CRC-32C of a chunk or an index, little-endian."""
     return google_crc32c.value(content).to_bytes(_CHECKSUM_BYTES, "little")
