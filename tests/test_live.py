@@ -108,7 +108,7 @@ def test_all_output_goes_through_templates():
     printers = {"say", "complain"}
     for path in ROOT.rglob("*.py"):
         place = path.relative_to(ROOT)
-        if place.parts[0] in ("tests", "build") or any(part.startswith(".") for part in place.parts):
+        if place.parts[0] in ("tests", "build", "docs") or any(part.startswith(".") for part in place.parts):
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             if not isinstance(node, ast.Call):
