@@ -9,12 +9,14 @@ if TYPE_CHECKING:
     from samfeat.images import load_image
     from samfeat.pipelines.pictures.show import show_keypoints, show_matches
     from samfeat.student.extractor import SAMFeat
+    from samfeat.student.lightglue import LightGlue
     from samfeat.student.matching import match
     from samfeat.student.opencv import to_opencv, to_opencv_matches
     from samfeat.teacher_cache.store import TeacherCache
 
 __version__ = "0.1.0"
 __all__ = [
+    "LightGlue",
     "SAMFeat",
     "TeacherCache",
     "__version__",
@@ -27,6 +29,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "LightGlue": "samfeat.student.lightglue",
     "SAMFeat": "samfeat.student.extractor",
     "load_image": "samfeat.images",
     "match": "samfeat.student.matching",

@@ -543,6 +543,10 @@ RatioOption = Annotated[
     float | None,
     typer.Option(help="Ratio test on unit descriptors: keep matches closer than this fraction of the second best."),
 ]
+LightGlueOption = Annotated[
+    Path | None,
+    typer.Option(help="Match with LightGlue: weights trained for these features (glue-factory's, or a state dict)."),
+]
 
 
 @app.command()
@@ -612,21 +616,32 @@ def match_command(
     verify: Annotated[Verification, typer.Option(help="Geometric verification.")] = Verification.fundamental,
     estimator: Annotated[Estimator, typer.Option(help="OpenCV's MAGSAC++, or poselib.")] = Estimator.magsac,
     ratio: RatioOption = None,
+    lightglue: LightGlueOption = None,
     max_keypoints: KeypointsOption = None,
     device: DeviceOption = Device.auto,
 ) -> None:
     """Match two photographs, and draw the matches or write their coordinates."""
-    must_exist(image0, image1, weights)
-    check_outputs([out, maps], [image0, image1, weights])
+    must_exist(image0, image1, weights, lightglue)
+    check_outputs([out, maps], [image0, image1, weights, lightglue])
     _import_pycolmap()
     from samfeat.pipelines.match import match_images
+    from samfeat.student.lightglue import LightGlue
 
     chosen = _method(method, weights, max_keypoints, device)
     found = match_images(
-        image0, image1, out, method=chosen, verify=verify.value, estimator=estimator.value, ratio=ratio, maps=maps
+        image0,
+        image1,
+        out,
+        method=chosen,
+        verify=verify.value,
+        estimator=estimator.value,
+        ratio=ratio,
+        matcher=LightGlue.from_pretrained(lightglue) if lightglue else None,
+        maps=maps,
     )
     say(
-        "{keypoints0} and {keypoints1} keypoints, {matches} mutual matches{kept} -> {out}{drawn}",
+        "{keypoints0} and {keypoints1} keypoints, {matches} {kind}matches{kept} -> {out}{drawn}",
+        kind="" if lightglue else "mutual ",
         keypoints0=found["keypoints0"],
         keypoints1=found["keypoints1"],
         matches=found["matches"],
@@ -750,11 +765,12 @@ def match_pairs_command(
     ] = None,
     ratio: RatioOption = None,
     cosine: Annotated[bool, typer.Option("--cosine", help="Match by cosine similarity.")] = False,
+    lightglue: LightGlueOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
 ) -> None:
     """Match many images, for hloc or COLMAP. Run again to resume after an interruption."""
-    must_exist(features_file, pairs, images)
-    check_outputs([output], [features_file, pairs, images])
+    must_exist(features_file, pairs, images, lightglue)
+    check_outputs([output], [features_file, pairs, images, lightglue])
     _import_pycolmap()
     from samfeat.pipelines.match import match_pairs, read_pairs
 
@@ -766,6 +782,7 @@ def match_pairs_command(
             pairs=names,
             ratio=ratio,
             cosine=cosine or ratio is not None,
+            lightglue=lightglue,
             images=images,
             overwrite=overwrite,
             progress=bar,

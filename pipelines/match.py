@@ -6,7 +6,8 @@ import hashlib
 import io
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -27,6 +28,9 @@ from samfeat.pipelines.pictures.overlays import feature_tiles
 
 Verification = Literal["none", "fundamental", "homography"]
 Estimator = Literal["magsac", "poselib"]
+
+Matcher = Callable[[Features, Features], Mapping[str, Any]]
+"""Features of two images -> ``matches``, a tensor int64 [K, 2], as :class:`samfeat.student.lightglue.LightGlue` is."""
 
 THRESHOLDS = {"fundamental": 1.0, "homography": 3.0}  # pixels: distance to the epipolar line, distance to the point
 CONFIDENCE, TRIALS = 0.9999, 10_000
@@ -55,9 +59,10 @@ def match_images(
     verify: Verification = "fundamental",
     estimator: Estimator = "magsac",
     ratio: float | None = None,
+    matcher: Matcher | None = None,
     maps: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Match two images by mutual nearest neighbours, verify the matches, and draw or write them.
+    """Match two images, by mutual nearest neighbours or a matcher, verify the matches, and draw or write them.
 
     Args:
         path0: first image, on the left.
@@ -70,6 +75,7 @@ def match_images(
         estimator: see :func:`estimate`.
         ratio: also require the best match to be better than the second by this ratio of distances, in (0, 1];
             descriptors are then compared at unit length.
+        matcher: finds the matches instead of mutual nearest neighbours.
         maps: PNG of both images' keypoints coloured by score and, if the method has them, of its dense maps.
 
     Returns:
@@ -88,7 +94,7 @@ def match_images(
     check_verification(verify)
     image0, image1 = read_image(path0), read_image(path1)
     features0, features1 = method(image0), method(image1)
-    found = verified_matches(features0, features1, verify=verify, estimator=estimator, ratio=ratio)
+    found = verified_matches(features0, features1, verify=verify, estimator=estimator, ratio=ratio, matcher=matcher)
     points0, points1, inliers = found.points0, found.points1, found.inliers
     wants_picture = output is not None and Path(output).suffix.lower() == ".png"
     if output is not None and not wants_picture:
@@ -143,8 +149,9 @@ def verified_matches(
     verify: Verification = "fundamental",
     estimator: Estimator = "magsac",
     ratio: float | None = None,
+    matcher: Matcher | None = None,
 ) -> VerifiedMatches:
-    """Mutual nearest neighbours of the features of two images, and the geometric model that most of them agree with.
+    """Matches of the features of two images, and the geometric model that most of them agree with.
 
     Args:
         features0: ``keypoints`` [K, 2] and ``descriptors`` [K, D] of the first image.
@@ -152,12 +159,18 @@ def verified_matches(
         verify: see :func:`match_images`.
         estimator: see :func:`estimate`.
         ratio: see :func:`match_images`.
+        matcher: see :func:`match_images`.
 
     Raises:
-        ValueError: unknown verification, or a ratio outside (0, 1].
+        ValueError: unknown verification, a ratio outside (0, 1], or a ratio for a matcher.
     """
     check_verification(verify)
-    matches = mutual_matches(features0, features1, ratio=ratio)
+    if matcher is None:
+        matches = mutual_matches(features0, features1, ratio=ratio)
+    elif ratio is None:
+        matches = matcher(features0, features1)["matches"].cpu().numpy()
+    else:
+        raise ValueError("a ratio test belongs to mutual nearest neighbours: leave it out with a matcher")
     points0, points1 = features0["keypoints"][matches[:, 0]], features1["keypoints"][matches[:, 1]]
     if verify == "none":
         return VerifiedMatches(matches, points0, points1, None, None)
@@ -202,12 +215,13 @@ def match_pairs(
     pairs: Sequence[tuple[str, str]] | None = None,
     ratio: float | None = None,
     cosine: bool = False,
+    lightglue: str | Path | None = None,
     images: str | Path | None = None,
     cameras: Mapping[str, pycolmap.Camera] | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> MatchedPairs:
-    """Match pairs of images from a feature file by mutual nearest neighbours.
+    """Match pairs of images from a feature file, by mutual nearest neighbours or by LightGlue.
 
     An interrupted run resumes where it stopped; the output appears when the last pair is done.
 
@@ -219,6 +233,7 @@ def match_pairs(
         pairs: names of images; every pair of images by default.
         ratio: see :func:`samfeat.student.matching.match`.
         cosine: see :func:`samfeat.student.matching.match`.
+        lightglue: weights for :meth:`samfeat.student.lightglue.LightGlue.from_pretrained`, to match with it instead.
         images: folder of the images, for the cameras of a database.
         cameras: known cameras by image name, for a database.
         overwrite: replace an existing output.
@@ -229,12 +244,15 @@ def match_pairs(
             an unknown image; a database without images; or pairs that hloc's layout cannot tell apart.
         OSError: a file cannot be read or written.
     """
+    from samfeat.student.lightglue import LightGlue
     from samfeat.student.matching import match
 
+    if lightglue and (ratio is not None or cosine):
+        raise ValueError("ratio and cosine belong to mutual nearest neighbours: leave them out with LightGlue")
     output, stored = Path(output), FeatureFile(features)
     if output.suffix not in (".h5", ".db"):
         raise ValueError(f"{output}: matches are written as .h5 (hloc) or .db (COLMAP); choose such a name")
-    check_outputs([output], [features, images])
+    check_outputs([output], [features, images, lightglue])
     if output.exists() and not overwrite:
         raise ValueError(f"{output} exists: choose another name, or overwrite")
     if output.suffix == ".db" and images is None and not set(stored) <= set(cameras or {}):
@@ -255,14 +273,19 @@ def match_pairs(
     output.parent.mkdir(parents=True, exist_ok=True)
     if overwrite:
         Parts.discard(output)
-    parts = Parts(output, {"features": _digest(stored), "ratio": ratio, "cosine": cosine})
+    find: Matcher = partial(match, ratio=ratio, cosine=cosine)
+    identity: dict[str, Any] = {"ratio": ratio, "cosine": cosine}
+    if lightglue:
+        find = LightGlue.from_pretrained(lightglue)
+        identity = {"lightglue": hashlib.sha256(Path(lightglue).read_bytes()).hexdigest()}
+    parts = Parts(output, {"features": _digest(stored), **identity})
     first: tuple[str, Features] | None = None
     for done, pair in enumerate(pairs, start=1):
         if _key(pair) not in parts:
             if first is None or first[0] != pair[0]:
                 first = pair[0], stored[pair[0]]
-            found = match(first[1], stored[pair[1]], ratio=ratio, cosine=cosine)
-            arrays = {key: values.numpy() for key, values in found.items()}
+            found = find(first[1], stored[pair[1]])
+            arrays = {key: values.cpu().numpy() for key, values in found.items()}
             parts.add(_key(pair), {**arrays, "count0": np.array(len(first[1]["keypoints"]))})
         if progress:
             progress(done, len(pairs))
