@@ -816,9 +816,20 @@ def export(
     half: Annotated[
         bool, typer.Option("--half", help="Store a .safetensors file in 16 bits, at half the size.")
     ] = False,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Quantise an ONNX model to 8 bits, for OpenVINO on a CPU; see --calibration.")
+    ] = False,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="With --int8: folder of photographs, of which up to 32 set the ranges."),
+    ] = None,
 ) -> None:
     """Export trained weights for other programs."""
     check_outputs([output], [weights])
+    if weights.suffix == ".onnx":
+        raise ValueError(f"{weights} is an exported model already: give the weights it was made from")
+    if int8 != (calibration is not None) or (int8 and output.suffix != ".onnx"):
+        raise ValueError("--int8 makes an .onnx file and needs --calibration FOLDER, a folder of photographs")
     import torch
 
     from samfeat.student.extractor import SAMFeat
@@ -838,17 +849,21 @@ def export(
 
         save_checkpoint(output, extractor.network)
     else:
-        _export_onnx(output, extractor)
+        _export_onnx(output, extractor, calibration)
     say("[bold]{output}[/]: {size:.1f} MB", output=output, size=output.stat().st_size / 1e6)
 
 
-def _export_onnx(output: Path, extractor: Any) -> None:
+def _export_onnx(output: Path, extractor: Any, calibration: Path | None) -> None:
     import torch
 
     from samfeat.student.onnx import compare, export_onnx
 
+    photographs = None if calibration is None else _calibration_photographs(calibration)
     say("tracing the extractor, which takes a minute")
-    export_onnx(output, extractor)
+    export_onnx(output, extractor, calibration=photographs)
+    if photographs is not None:
+        say("quantised with {count} photographs", count=len(photographs))
+        return
     agreement = compare(output, extractor, torch.rand(3, 120, 170, generator=torch.Generator().manual_seed(0)))
     say(
         "onnxruntime agrees with torch on an image of noise: maps within {maps:.0e}, "
@@ -858,6 +873,23 @@ def _export_onnx(output: Path, extractor: Any) -> None:
         keypoints=agreement.keypoints,
         features=agreement.features,
     )
+
+
+def _calibration_photographs(folder: Path) -> list[Any]:
+    """Up to 32 photographs of a folder, evenly spread over their names, at most 640 pixels long."""
+    import cv2
+
+    from samfeat.images import read_image
+    from samfeat.pipelines.extract import list_images
+
+    files = list(list_images(folder).values())
+    photographs = []
+    for path in files[:: -(-len(files) // 32)]:
+        pixels = read_image(path)
+        scale = min(1, 640 / max(pixels.shape))
+        size = (max(16, round(pixels.shape[1] * scale)), max(16, round(pixels.shape[0] * scale)))
+        photographs.append(cv2.resize(pixels, size, interpolation=cv2.INTER_AREA))
+    return photographs
 
 
 @app.command()

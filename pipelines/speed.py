@@ -26,6 +26,7 @@ from samfeat.pipelines.extract import Progress
 from samfeat.pipelines.features.methods import load_method, peer_weights
 from samfeat.pipelines.features.protocol import Method
 from samfeat.pipelines.training.processes import has_bf16
+from samfeat.student.exported import ExportedNetwork
 from samfeat.student.extractor import DTYPES, SAMFeat
 from samfeat.student.inference import InferenceNetwork
 
@@ -61,14 +62,17 @@ def samfeat_contenders(
     Args:
         model: the extractor; a copy of it with another precision is measured.
         images: one call extracts them all; H and W multiples of 16.
-        precision: ``fp32``, ``bf16`` or ``fp16``.
+        precision: ``fp32``, ``bf16`` or ``fp16``; an ONNX model has one of its own.
         compiled: whether ``torch.compile`` is used.
         name: prefix of the row names.
     """
-    options = dataclasses.asdict(model.extraction) | {"precision": precision}
-    extractor = SAMFeat(network=model.network, **options)
-    device = next(model.network.parameters()).device
-    network: Any = InferenceNetwork(model.network, dtype=DTYPES[precision], edge_gain=model.extraction.edge_gain)
+    device, exported = model.device, isinstance(model.network, ExportedNetwork)
+    network: Any = model.network
+    extractor = model
+    if not exported:
+        options = dataclasses.asdict(model.extraction) | {"precision": precision}
+        extractor = SAMFeat(network=model.network, **options)
+        network = InferenceNetwork(model.network, dtype=DTYPES[precision], edge_gain=model.extraction.edge_gain)
     if compiled:
         mode: dict[str, Any] = {"mode": "max-autotune"} if device.type == "cuda" else {}
         extractor.compile(**mode)
@@ -241,13 +245,13 @@ def benchmark_speed(
     with using_threads(threads):
         contenders: dict[str, Contender] = {}
         for name, model in models.items():
-            device = str(next(model.network.parameters()).device)
-            for precision in precisions(device):
-                for compile_ in (False, True)[: 1 + compiled]:
+            exported = isinstance(model.network, ExportedNetwork)
+            for precision in [model.network.precision] if exported else precisions(str(model.device)):
+                for compile_ in (False, True)[: 1 + (compiled and not exported)]:
                     contenders |= samfeat_contenders(model, images, precision=precision, compiled=compile_, name=name)
         contenders |= {f"{method.name}, features": method_contender(method, images) for method in methods}
         found = measure(contenders, repeats=repeats, images=batch, progress=progress)
-    devices = {str(next(model.network.parameters()).device) for model in models.values()}
+    devices = {str(model.device) for model in models.values()}
     machine = torch.cuda.get_device_name() if any(d.startswith("cuda") for d in devices) else processor()
     heading = (
         f"{size[0]} x {size[1]} pixels, {batch} image{'s' * (batch > 1)} a call, {threads} threads, {machine}, "

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from samfeat.student.detection import detect, subpixel_offsets
 from samfeat.student.export import load_weights, save_weights
+from samfeat.student.exported import ExportedNetwork
 from samfeat.student.inference import InferenceNetwork, Maps
 from samfeat.student.network import (
     DESCRIPTOR_DIM,
@@ -124,7 +125,8 @@ class SAMFeat(nn.Module):
         **options: fields of :class:`ExtractionConfig` that override the preset's.
 
     Attributes:
-        network: the dense network, a torch module (:class:`samfeat.student.network.SAMFeatNetwork`).
+        network: the dense network, a torch module (:class:`samfeat.student.network.SAMFeatNetwork`; of an ONNX file
+            :class:`samfeat.student.exported.ExportedNetwork`).
         extraction: the :class:`ExtractionConfig` in force.
         provenance: the origin recorded in the weights file; empty without one.
 
@@ -138,7 +140,7 @@ class SAMFeat(nn.Module):
         preset: str = "default",
         *,
         weights: str | os.PathLike[str] | None = None,
-        network: SAMFeatNetwork | None = None,
+        network: SAMFeatNetwork | ExportedNetwork | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
@@ -160,7 +162,7 @@ class SAMFeat(nn.Module):
                 "SAMFeat without weights is untrained and its features are meaningless: use SAMFeat.from_pretrained()",
                 stacklevel=2,
             )
-        self.network = network or SAMFeatNetwork(config, generator=torch.Generator().manual_seed(0))
+        self.network: Any = network or SAMFeatNetwork(config, generator=torch.Generator().manual_seed(0))
         self._folded: _Folded | None = None
         self._compile_options: dict[str, Any] | None = None
         self.eval()
@@ -172,14 +174,25 @@ class SAMFeat(nn.Module):
         Args:
             weights: the name of a shipped student, a file written by :meth:`save`, the authors' released ``.pt``
                 state dict (preset ``"released"``), or an address, see :func:`samfeat.student.weights.find_weights`.
-                Only an address causes a download.
+                Only an address causes a download. Or an ``.onnx`` file of ``samfeat-cli export``, float32 or int8,
+                which OpenVINO runs on the CPU: its precision and edge gain are those of the file.
             **overrides: fields of :class:`ExtractionConfig` that override those in the file.
 
         Raises:
-            ValueError: a damaged or foreign file, or an unknown option.
+            ValueError: a damaged or foreign file, an unknown option or one that an ONNX file has fixed, or OpenVINO is
+                missing.
             FileNotFoundError: there is no such file.
         """
-        loaded = load_weights(find_weights(weights))
+        path = find_weights(weights)
+        if path.suffix == ".onnx":
+            exported = ExportedNetwork(path)
+            model = cls(network=exported, **(exported.extraction | overrides))
+            model.provenance = exported.provenance
+            for name in ("precision", "edge_gain"):
+                if name in overrides and getattr(model.extraction, name) != exported.extraction[name]:
+                    raise ValueError(f"{path}: {name} is fixed in an ONNX model; choose it when exporting")
+            return model
+        loaded = load_weights(path)
         options = dataclasses.asdict(EXTRACTION_PRESETS["released"]) if loaded.extraction is None else loaded.extraction
         model = cls(network=loaded.network(), **(options | overrides))
         model.provenance = loaded.provenance
@@ -191,9 +204,20 @@ class SAMFeat(nn.Module):
         Args:
             path: the file.
             dtype: type to round the weights to, such as ``torch.float16`` to halve the file size.
+
+        Raises:
+            ValueError: the extractor was loaded from an ONNX file.
         """
+        if isinstance(self.network, ExportedNetwork):
+            raise ValueError("an ONNX model holds no weights to save: start from the weights file")
         extraction = dataclasses.asdict(self.extraction)
         save_weights(path, self.network, extraction=extraction, provenance=self.provenance, dtype=dtype)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network runs."""
+        parameter = next(self.network.parameters(), None)
+        return torch.device("cpu") if parameter is None else parameter.device
 
     def compile(self, **options: Any) -> None:
         """Compile the dense network with ``torch.compile`` on its next run.
@@ -242,7 +266,7 @@ class SAMFeat(nn.Module):
         images = [as_rgb(one) for one in image]
         groups: dict[Any, list[int]] = {}
         for number, pixels in enumerate(images):
-            on_cpu = next(self.network.parameters()).device.type == "cpu"  # where batches only cost memory
+            on_cpu = self.device.type == "cpu"  # where batches only cost memory
             groups.setdefault(number if on_cpu else (pixels.shape, pixels.dtype), []).append(number)
         found: dict[int, dict[str, Tensor]] = {}
         for numbers in groups.values():
@@ -271,7 +295,7 @@ class SAMFeat(nn.Module):
         if 0 in size:
             raise ValueError(f"the image is too small: {pixels.shape[0]} x {pixels.shape[1]}, minimum 16 x 16 pixels")
         pixels = cv2.resize(pixels, (size[1], size[0]), interpolation=cv2.INTER_LINEAR)
-        found = self._fold().run(torch.from_numpy(pixels)[None].to(next(self.network.parameters()).device))
+        found = self._fold().run(torch.from_numpy(pixels)[None].to(self.device))
         maps = {"heatmap": found.logits.sigmoid()[0], "attention": found.attention[0, 0], "edges": found.edges[0, 0]}
         return {name: values.float() for name, values in maps.items()}
 
@@ -295,7 +319,7 @@ class SAMFeat(nn.Module):
     def _extract_level(self, images: Sequence[np.ndarray], image_size: tuple[int, int]) -> list[_Features]:
         """Features of images [h, w, 3], with keypoints in the coordinates of images of ``image_size``."""
         options, convention = self.extraction, self.network.config.sampling
-        device = next(self.network.parameters()).device
+        device = self.device
         shape = images[0].shape[:2]
         size = _network_size(shape[0]), _network_size(shape[1])
         if 0 in size:
@@ -334,6 +358,8 @@ class SAMFeat(nn.Module):
     def _fold(self) -> _Folded:
         """The folded network of the current weights."""
         parameters = list(self.network.parameters())
+        if isinstance(self.network, ExportedNetwork):
+            return _Folded(self.network, parameters, None)
         if self._folded is None or not self._folded.holds(parameters):
             dtype = parameters[0].dtype
             if dtype == torch.float32:
@@ -346,7 +372,12 @@ class SAMFeat(nn.Module):
 class _Folded:
     """A folded network and the weights it was built from."""
 
-    def __init__(self, network: InferenceNetwork, parameters: Sequence[Tensor], options: dict[str, Any] | None) -> None:
+    def __init__(
+        self,
+        network: InferenceNetwork | ExportedNetwork,
+        parameters: Sequence[Tensor],
+        options: dict[str, Any] | None,
+    ) -> None:
         self.network = network
         self.source = [(parameter.detach(), parameter._version) for parameter in parameters]
         self.compiled: Callable[..., Maps] | None = None if options is None else torch.compile(network, **options)

@@ -15,8 +15,12 @@ image: the K best keypoints, then padding where there are fewer:
 - ``descriptor_map`` [B, 128, H'/4, W'/4], ``attention_map`` and ``edge_map`` [B, 1, H'/4, W'/4]: float32, as
   :class:`samfeat.student.network.DenseOutput` describes them.
 
+A quantised model computes the convolutions of the backbone and of the descriptors in 8 bits, between pairs of
+QuantizeLinear and DequantizeLinear: weights by output channel, activations by their range on calibration photographs.
+What keypoints hang on stays in floating point: the first convolution and all one-channel heads.
+
 The metadata of the model holds an entry ``samfeat-weights`` like that of a weights file (see
-:mod:`samfeat.student.export`), plus the number of keypoints.
+:mod:`samfeat.student.export`), plus the number of keypoints and the ``precision``, fp32 or int8.
 """
 
 from __future__ import annotations
@@ -24,8 +28,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
+import tempfile
 import warnings
+from collections.abc import Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -39,7 +46,7 @@ from samfeat.files import write_bytes
 from samfeat.student.detection import subpixel_offsets
 from samfeat.student.export import FORMAT, metadata_json
 from samfeat.student.extractor import SIZE_MULTIPLE, SAMFeat
-from samfeat.student.network import normalise, resize, sample
+from samfeat.student.network import SAMFeatNetwork, normalise, resize, sample
 
 if TYPE_CHECKING:
     import onnx
@@ -47,6 +54,7 @@ if TYPE_CHECKING:
 MIN_SIDE, MAX_SIDE = SIZE_MULTIPLE, 1 << 14
 MAX_BATCH = 1 << 10  # that the trace assumes; the model itself takes more
 TOLERANCE = 1e-4  # of the maps, the scores and the descriptors
+FLOAT_CONVOLUTIONS = ("conv1a", "heatmap", "conv_edg", "scalemap")  # beginnings of names, in a quantised model too
 OUTPUTS = ("keypoints", "scores", "descriptors", "valid", "heatmap", "descriptor_map", "attention_map", "edge_map")
 
 
@@ -66,7 +74,13 @@ class Agreement(NamedTuple):
     features: float
 
 
-def export_onnx(path: str | os.PathLike[str], extractor: SAMFeat, *, keypoints: int | None = None) -> None:
+def export_onnx(
+    path: str | os.PathLike[str],
+    extractor: SAMFeat,
+    *,
+    keypoints: int | None = None,
+    calibration: Sequence[np.ndarray] | None = None,
+) -> None:
     """Write the extractor as an ONNX model (opset 20), atomically.
 
     Non-maximum suppression is exactly the extractor's, as a loop in the model. Equal contents give equal bytes.
@@ -75,9 +89,12 @@ def export_onnx(path: str | os.PathLike[str], extractor: SAMFeat, *, keypoints: 
         path: the ``.onnx`` file; an existing one is replaced.
         extractor: network, options and provenance.
         keypoints: K; by default the extractor's ``max_keypoints``.
+        calibration: photographs, uint8 [H, W, 3] RGB, from whose activations the 8-bit ranges are taken; a few dozen
+            like those that the model will see are enough. Without them the model is float32.
 
     Raises:
-        ValueError: a package is missing, no K is known or it is not positive, or the extractor works on several scales.
+        ValueError: a package is missing, no K is known or it is not positive, the extractor works on several scales or
+            is itself an exported model, or there are no photographs in ``calibration``.
         OSError: the file cannot be written.
     """
     check_packages()
@@ -87,6 +104,10 @@ def export_onnx(path: str | os.PathLike[str], extractor: SAMFeat, *, keypoints: 
         raise ValueError(f"an ONNX model returns a fixed number of keypoints: give one from 1, got {keypoints}")
     if extractor.extraction.multiscale:
         raise ValueError("an ONNX model works at one scale: choose multiscale=False, and run it on resized images")
+    if not isinstance(extractor.network, SAMFeatNetwork):
+        raise ValueError("an exported model cannot be exported again: start from the weights file")
+    if calibration is not None and not len(calibration):
+        raise ValueError("int8 needs photographs to calibrate with, got none")
     model = _FixedExtractor(extractor, keypoints)
     dynamic = {
         0: torch.export.Dim("batch", min=1, max=MAX_BATCH),
@@ -107,7 +128,10 @@ def export_onnx(path: str | os.PathLike[str], extractor: SAMFeat, *, keypoints: 
     assert program is not None  # it is None only where torch.onnx.export writes the file itself
     proto = program.model_proto
     _strip(proto)
-    values = {"keypoints": keypoints, "network": dataclasses.asdict(extractor.network.config)}
+    if calibration is not None:
+        proto = _quantised(proto, calibration)
+    precision = "fp32" if calibration is None else "int8"
+    values = {"keypoints": keypoints, "precision": precision, "network": dataclasses.asdict(extractor.network.config)}
     extraction = dataclasses.asdict(extractor.extraction) | {"max_keypoints": keypoints}
     entry = proto.metadata_props.add()
     entry.key = FORMAT
@@ -165,6 +189,11 @@ class _FixedExtractor(nn.Module):
     def __init__(self, extractor: SAMFeat, keypoints: int) -> None:
         super().__init__()
         self.network = copy.deepcopy(extractor.network).float().cpu().eval()
+        for level in (1, 2, 3, 4):  # runtimes have kernels for one output channel, where torch has none
+            head = self.network.get_submodule(f"heatmap{level}")
+            plain = nn.Conv2d(head.get_parameter("weight").shape[1], 1, 3, padding=1)
+            plain.load_state_dict(head.state_dict())
+            setattr(self.network, f"heatmap{level}", plain.eval())
         self.options, self.keypoints = extractor.extraction, keypoints
 
     def forward(self, image: Float[Tensor, "b 3 h w"]) -> tuple[Tensor, ...]:
@@ -260,6 +289,44 @@ def _window_max(values: Float[Tensor, "b 1 h w"], radius: int) -> Float[Tensor, 
     """Maximum of the square of 2 ``radius`` + 1 pixels around every pixel, of values that are not negative."""
     rows = F.max_pool2d(values, (1, 2 * radius + 1), stride=1, padding=(0, radius))
     return F.max_pool2d(rows, (2 * radius + 1, 1), stride=1, padding=(radius, 0))
+
+
+def _quantised(proto: onnx.ModelProto, photographs: Sequence[np.ndarray]) -> onnx.ModelProto:
+    """``proto`` with 8-bit convolutions, except for :data:`FLOAT_CONVOLUTIONS`."""
+    import onnx
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.left = iter(photographs)
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            pixels = next(self.left, None)
+            if pixels is None:
+                return None
+            return {"image": np.ascontiguousarray(pixels.transpose(2, 0, 1)[None], dtype=np.float32) / 255}
+
+    kept = [
+        node.name
+        for node in proto.graph.node
+        if node.op_type == "Conv" and node.input[1].removeprefix("network.").startswith(FLOAT_CONVOLUTIONS)
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "int8.onnx"
+        quantize_static(
+            proto,
+            path,
+            Reader(),
+            quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=["Conv"],
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            nodes_to_exclude=kept,
+        )
+        quantised = onnx.load(path)
+    del quantised.metadata_props[:]
+    return quantised
 
 
 def _strip(proto: onnx.ModelProto) -> None:

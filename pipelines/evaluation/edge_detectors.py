@@ -67,10 +67,11 @@ def load_detector(name: str, *, weights: str | Path | None = None, device: str =
 def _samfeat(weights: Path, device: str) -> EdgeDetector:
     import torch
 
-    from samfeat.student.extractor import SIZE_MULTIPLE, SAMFeat
+    from samfeat.student.export import load_weights
+    from samfeat.student.extractor import SIZE_MULTIPLE
     from samfeat.student.network import resize
 
-    network = SAMFeat.from_pretrained(weights).to(device).network
+    network = load_weights(weights).network().to(device).eval()
 
     @torch.no_grad()
     def detect(image: np.ndarray) -> np.ndarray:
