@@ -15,6 +15,7 @@ PAGES = {
     "integrations/hloc/README.md": "integrations/hloc.md",
     "integrations/vismatch/README.md": "integrations/vismatch.md",
     "integrations/deep_image_matching/README.md": "integrations/deep-image-matching.md",
+    "integrations/gluefactory/README.md": "integrations/gluefactory.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
 }

@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", ROOT / "docs" / "hloc-and-colmap.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "hloc-and-colmap.md", ROOT / "docs" / "toolboxes.md")
 
 
 def blocks(page: Path) -> list[tuple[str, str]]:

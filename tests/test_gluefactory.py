@@ -8,7 +8,7 @@ import skimage.data
 import torch
 from omegaconf import OmegaConf
 
-from samfeat import SAMFeat
+from samfeat import LightGlue, SAMFeat
 
 FOLDER = Path(__file__).parents[1] / "integrations" / "gluefactory"
 SMALL = OmegaConf.create(
@@ -59,7 +59,7 @@ def test_the_extractor_is_not_trained(get_model):
 
 
 @pytest.mark.integration
-def test_lightglue_learns_from_homographies_and_goes_on_with_megadepth(get_model, image):
+def test_lightglue_learns_from_homographies_goes_on_with_megadepth_and_is_read_here(get_model, image, tmp_path):
     conf = OmegaConf.merge(OmegaConf.load(FOLDER / "samfeat+lightglue_homography.yaml").model, SMALL)
     torch.manual_seed(0)
     model = get_model(conf.name)(conf).train()
@@ -85,3 +85,12 @@ def test_lightglue_learns_from_homographies_and_goes_on_with_megadepth(get_model
     with torch.no_grad():
         found, same = second(data), model.eval()(data)
     torch.testing.assert_close(found["log_assignment"], same["log_assignment"])
+
+    torch.save({"model": second.state_dict()}, tmp_path / "checkpoint_best.tar")
+    ours = LightGlue.from_pretrained(tmp_path / "checkpoint_best.tar")
+    student = SAMFeat.from_pretrained("samfeat-slim", max_keypoints=200)
+    matched = ours(*(student.extract(each) for each in (image, moved)))
+    index = (found["matches0"][0] >= 0).nonzero()[:, 0]
+    assert len(index) > 0
+    torch.testing.assert_close(matched["matches"], torch.stack((index, found["matches0"][0, index]), dim=1))
+    torch.testing.assert_close(matched["scores"], found["matching_scores0"][0, index])

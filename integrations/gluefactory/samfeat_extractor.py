@@ -15,9 +15,8 @@ class SAMFeatExtractor(BaseModel):
     Keypoints are those of glue-factory and COLMAP, with (0, 0) at the corner of the image, and descriptors have unit
     length. Padding of the images, beyond ``image_size``, is not looked at.
 
-    ``weights`` is anything that ``SAMFeat.from_pretrained`` takes. Images with fewer keypoints than the best of the batch,
-    or with ``force_num_keypoints`` than ``max_num_keypoints``, are filled up with random points whose scores and
-    descriptors are 0.
+    ``weights`` is anything that ``SAMFeat.from_pretrained`` takes. With ``force_num_keypoints``, which batches need,
+    images with fewer than ``max_num_keypoints`` are filled up with random points whose scores and descriptors are 0.
     """
 
     default_conf: ClassVar[dict[str, Any]] = {
