@@ -677,7 +677,7 @@ def test_the_version_and_every_key_of_the_configuration(run, fails, tmp_path):
 # -- interruptions -----------------------------------------------------------------------------------------------------
 
 INTERRUPTED = """
-import os, signal, sys, time
+import os, select, signal, sys, time
 from samfeat import cli
 
 def stand_in(*arguments, **options):
@@ -686,7 +686,8 @@ def stand_in(*arguments, **options):
         time.sleep(30)
     finally:
         print("saving", flush=True)
-        sys.stdin.readline()  # takes until the test has sent all signals
+        while not select.select([sys.stdin], [], [], 0.02)[0]:  # takes until the test has sent all signals
+            pass  # in short waits: a signal just before a long one would only be handled after it
         print("saved", flush=True)
 
 import samfeat.pipelines.match as place
