@@ -21,7 +21,7 @@ import torch
 from upath import UPath
 
 from samfeat.pipelines.workers import Workers, make_shards
-from samfeat.teacher_cache.keypoints import ADAPTATION, Detector, LabelConfig, adapt, opencv_detector
+from samfeat.teacher_cache.keypoints import Detector, LabelConfig, adapt, opencv_detector
 from samfeat.teacher_cache.schema import (
     MAX_KEYPOINTS,
     POINTS,
@@ -477,8 +477,6 @@ def _create_or_continue(path: UPath, spec: StoreSpec, provenance: Provenance) ->
 
 def _label_provenance(labels: LabelConfig) -> dict[str, Any]:
     values = asdict(labels)
-    if labels.homographies:
-        values["adaptation"] = ADAPTATION
     weights = values.pop("weights")
     if weights:
         values["weights_sha256"] = hashlib.sha256(Path(weights).read_bytes()).hexdigest()

@@ -38,7 +38,6 @@ _CORNERS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], float]] = {
 DETECTORS = tuple(sorted((*_OPENCV, *_CORNERS)))
 """Names that :func:`opencv_detector` knows. ``gftt`` is Shi & Tomasi's corner measure."""
 
-ADAPTATION = 2  # version of `adapt`, recorded in a store: one store never holds labels of two versions
 VOTES = 1.5  # votes of a full view per label wanted: views do not find exactly the same points
 VOTE_SIGMA = 1.0  # pixels; detections of one point in two views agree to about this
 QUORUM = 0.25  # a pixel seen by a smaller share of views counts as seen by this share
