@@ -10,7 +10,6 @@ import pytest
 from samfeat.teacher_cache.keypoints import (
     DETECTORS,
     LabelConfig,
-    _vote,
     adapt,
     opencv_detector,
     random_homography,
@@ -161,43 +160,6 @@ def test_opencv_detectors_give_points_with_responses(name: str) -> None:
     assert (points[:, 2] > 0).any()
     assert (points[:, :2] >= 0).all()
     assert (points[:, :2] <= 159).all()
-
-
-@pytest.mark.parametrize(("name", "level"), [("gftt", 1e-3), ("harris", 1e-5)])
-def test_corners_are_opencvs_without_close_neighbours(name: str, level: float) -> None:
-    image = np.random.default_rng(0).integers(0, 256, (90, 120, 3)).astype(np.uint8)
-    image = cv2.GaussianBlur(image, (0, 0), 1.5)
-    found = opencv_detector(name)(image)
-    gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
-    corners, quality = cv2.goodFeaturesToTrackWithQuality(gray, 0, level, 0, None, useHarrisDetector=name == "harris")
-    inner = found[((found[:, :2] > 0) & (found[:, :2] < (119, 89))).all(axis=1)]  # OpenCV's leave out the frame
-    known = {(x, y): value for (x, y), value in zip(corners.reshape(-1, 2).tolist(), quality.ravel().tolist())}
-    assert len(inner) > 50
-    assert [known[x, y] for x, y in inner[:, :2].tolist()] == pytest.approx(inner[:, 2].tolist())
-    gap = np.abs(found[:, None, :2] - found[None, :, :2]).max(-1) + 99 * np.eye(len(found))
-    assert gap.min() > 2
-    strongest = corners[0, 0]
-    assert (found[found[:, 2].argmax(), :2] == strongest).all()
-
-
-def test_a_view_sees_what_its_warp_shows() -> None:
-    """Visibility against a warped mask, whose frame is cut off by erosion."""
-    size, border, square = (120, 160), 6, np.ones((13, 13), np.uint8)
-    rng = np.random.default_rng(1)
-    eroded = {"borderType": cv2.BORDER_CONSTANT, "borderValue": 0}
-    whole = cv2.erode(np.ones(size, np.uint8), square, **eroded)
-    for _ in range(20):
-        homography = random_homography(size, rng)
-        points = np.array([(x, y, 1) for y in range(0, 120, 3) for x in range(0, 160, 3)], np.float32)
-        image = np.zeros((*size, 3), np.uint8)
-        config = LabelConfig(border=border)
-        voted, weights, visible = _vote(image, lambda _, points=points: points, homography, config)
-        shown = cv2.warpPerspective(whole, homography, size[::-1], flags=cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP)
-        shown &= whole
-        assert (visible != shown).mean() < 0.02  # pixels on the edges
-        assert 0 < len(voted) == len(weights)
-        column, row = np.rint(voted).astype(int).T
-        assert visible[row, column].mean() > 0.97
 
 
 def test_unknown_names_and_numbers_are_refused() -> None:
