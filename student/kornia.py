@@ -43,8 +43,8 @@ class KorniaFeature(nn.Module):
         Returns:
             As kornia's local features do, float32 and on the device of the network: frames [B, K, 2, 3], whose centres
             are (x, y) in pixels, (0, 0) the centre of the top-left one; responses [B, K], the scores in [0, 1]; and
-            descriptors [B, K, D], multiplied by their attention unless the extractor is told otherwise. K is the
-            number of keypoints of the image that has most.
+            descriptors [B, K, D], attention-weighted unless the extractor has ``weighted_descriptors=False``. K is the
+            largest number of keypoints in any image.
 
         Raises:
             ValueError: not images as above, or a mask of another size.
