@@ -93,8 +93,9 @@ docs: $(READY)  ## the documentation as a site: build/site/index.html
 docs-check: $(READY)  ## run the documentation's code blocks on what the demo left in DEMO
 	$(BIN)/python tests/run_docs.py --demo $(DEMO)
 
-figure: $(READY)  ## the README's picture, from what the demo left in DEMO
+figure: $(READY)  ## the README's picture, from what the demo left in DEMO, and those of docs/gallery.md
 	$(BIN)/python tests/benchmarks/draw_demo.py --demo $(DEMO)
+	$(BIN)/python tests/benchmarks/draw_gallery.py
 
 clean:  ## remove build products and tool caches; never a store
 	rm -rf build dist .typing .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis samfeat.egg-info

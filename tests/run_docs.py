@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", ROOT / "docs" / "hloc-and-colmap.md", ROOT / "docs" / "toolboxes.md")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("hloc-and-colmap", "toolboxes", "gallery")))
 
 
 def blocks(page: Path) -> list[tuple[str, str]]:
