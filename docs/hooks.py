@@ -32,7 +32,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Point links at the pages of the site; files that are no page are named without a link."""
     for source, target in PAGES.items():
         markdown = markdown.replace(f"](../{source}", f"]({target}")
-    return markdown.replace("(../pipelines/configs/ablations.yaml)", "")
+    return re.sub(r"\[([^]]+)\]\(\.\./pipelines/configs/ablations\.yaml\)", r"\1", markdown)
 
 
 def on_page_content(html: str, page: Any, **_: Any) -> str:
