@@ -16,6 +16,7 @@ PAGES = {
     "integrations/vismatch/README.md": "integrations/vismatch.md",
     "integrations/deep_image_matching/README.md": "integrations/deep-image-matching.md",
     "integrations/gluefactory/README.md": "integrations/gluefactory.md",
+    "integrations/cpp/README.md": "integrations/cpp.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
 }

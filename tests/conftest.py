@@ -6,11 +6,17 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers of two threads each take turns on two cores
 
+import cv2
 import pytest
+import skimage.data
 import torch
 from hypothesis import settings
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+from toy_runs import leave_out_charts
 from toys import toy_store
+
+from samfeat.student.extractor import SAMFeat
+from samfeat.student.onnx import export_onnx
 
 settings.register_profile("fixed", derandomize=True)  # the same examples every time
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))  # "default" draws new ones
@@ -95,12 +101,23 @@ def toy_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def without_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trainings draw no ``curves.png``, which takes as long as three toy steps; test_report looks at it."""
-    monkeypatch.setattr("samfeat.pipelines.training.report.draw_curves", lambda path, rows: path)
+def without_charts(monkeypatch: pytest.MonkeyPatch) -> None:
+    leave_out_charts(monkeypatch)
 
 
 @pytest.fixture(scope="session")
 def toy_sam() -> Sam:
     """A real SAM small enough for tests; nobody changes it."""
     return build_toy_sam()
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory):
+    """A folder with the slim student as ``fp32.onnx`` and ``int8.onnx``, of 200 keypoints."""
+    student = SAMFeat.from_pretrained("samfeat-slim", max_keypoints=200)
+    folder = tmp_path_factory.mktemp("exported")
+    export_onnx(folder / "fp32.onnx", student)
+    photographs = (skimage.data.coffee(), skimage.data.chelsea())
+    calibration = [cv2.resize(image, (240, 160), interpolation=cv2.INTER_AREA) for image in photographs]
+    export_onnx(folder / "int8.onnx", student, calibration=calibration)
+    return folder

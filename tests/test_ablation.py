@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from killable import Killable
 from killable_programs import study_on
-from toy_runs import EXTRACTION, TABLES, metrics, run_study
+from toy_runs import EXTRACTION, TABLES, leave_out_charts, metrics, run_study
 from toys import toy_store
 
 import samfeat.pipelines.ablation as ablation
@@ -25,7 +25,7 @@ from samfeat.pipelines.evaluation.hpatches import HPatches
 from samfeat.pipelines.features.methods import load_method
 from samfeat.pipelines.training.ablation_tables import AblationTable, Row
 
-pytestmark = pytest.mark.usefixtures("without_curves")
+pytestmark = pytest.mark.usefixtures("without_charts")
 KILLS = int(os.environ.get("SAMFEAT_KILLS", 4))
 
 
@@ -67,7 +67,7 @@ def study(cache, sequences, tmp_path_factory):
     folder = tmp_path_factory.mktemp("study") / "out"
     seen: list[tuple[float, int]] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("samfeat.pipelines.training.report.draw_curves", lambda path, rows: path)
+        leave_out_charts(patch)
         summary = run_study(cache, folder, data=sequences, progress=lambda done, total: seen.append((done, total)))
     return folder, summary, seen
 
@@ -103,15 +103,17 @@ def test_figures_are_those_of_the_last_step_of_the_run(study):
             assert {f"validation/{name}": v for name, v in row["untrained"][seed].items()} | {"step": 0} == first
 
 
-def test_options_at_test_time_are_measured_on_the_same_views(study, cache, tmp_path):
+def test_options_at_test_time_are_measured_on_the_same_views(study, cache, tmp_path, trained):
     folder, _, _ = study
     rows = table(folder, "A")["rows"]
     assert rows["gain"]["figures"][VALIDATION] != rows["whole"]["figures"][VALIDATION]
     as_trained = {
         "A": AblationTable("a", rows={"x": Row(), "y": Row(extraction={"edge_gain": 0.0, "max_keypoints": 40})})
     }
-    run_study(cache, tmp_path, tables=as_trained, seeds=1)
-    x, y = (row["figures"][VALIDATION]["0"] for row in table(tmp_path, "A")["rows"].values())
+    again = shutil.copytree(folder, tmp_path / "out")  # the student of these rows is trained already
+    run_study(cache, again, tables=as_trained, seeds=1)
+    assert trained == []
+    x, y = (row["figures"][VALIDATION]["0"] for row in table(again, "A")["rows"].values())
     assert x == pytest.approx(y)
 
 
@@ -181,8 +183,9 @@ def test_killed_at_random_moments(cache, study, tmp_path, kills):
     moments, deaths = random.Random(0), 0
     for _ in range(kills):
         process = Killable(study_on, cache, tmp_path)
-        process.read()
-        time.sleep(moments.uniform(0, 2))
+        for _ in range(moments.randint(1, 8)):  # of the 17 messages of a whole study
+            process.read()
+        time.sleep(moments.uniform(0, 0.2))  # into whatever follows the message
         process.kill()
         deaths += process.wait() == -signal.SIGKILL
     assert deaths

@@ -27,19 +27,10 @@ def student():
     return SAMFeat.from_pretrained("samfeat-slim", max_keypoints=200)
 
 
-@pytest.fixture(scope="module")
-def files(student, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("exported")
-    export_onnx(folder / "fp32.onnx", student)
-    calibration = [photograph((160, 240), image) for image in (skimage.data.coffee, skimage.data.chelsea)]
-    export_onnx(folder / "int8.onnx", student, calibration=calibration)
-    return folder
-
-
 @pytest.fixture
-def loaded(files):
+def loaded(exported):
     pytest.importorskip("openvino")
-    return lambda name, **options: SAMFeat.from_pretrained(files / f"{name}.onnx", **options)
+    return lambda name, **options: SAMFeat.from_pretrained(exported / f"{name}.onnx", **options)
 
 
 def repeated(first, second):
@@ -48,8 +39,8 @@ def repeated(first, second):
     return float((distances.amin(1) <= 1).float().mean() + (distances.amin(0) <= 1).float().mean()) / 2
 
 
-def test_int8_convolutions_but_float_heads(files):
-    model = onnx.load(files / "int8.onnx")
+def test_int8_convolutions_but_float_heads(exported):
+    model = onnx.load(exported / "int8.onnx")
     onnx.checker.check_model(model)
     weights = {i.name: i for i in model.graph.initializer}
     dequantised = {n.output[0]: n.input[0] for n in model.graph.node if n.op_type == "DequantizeLinear"}
@@ -64,12 +55,12 @@ def test_int8_convolutions_but_float_heads(files):
     assert {kinds[name] for name in kinds.keys() - floats} == {onnx.TensorProto.INT8}
     assert {"conv1b", "conv4b", "conv_bottleneck", "conv_des"} < kinds.keys()
     assert all(len(weights[w.replace("_quantized", "_scale")].dims) for w in weights if w.endswith("weight_quantized"))
-    assert (files / "int8.onnx").stat().st_size < (files / "fp32.onnx").stat().st_size
+    assert (exported / "int8.onnx").stat().st_size < (exported / "fp32.onnx").stat().st_size
 
 
-def test_onnxruntime_runs_the_quantised_model(files, student):
+def test_onnxruntime_runs_the_quantised_model(exported, student):
     image = photograph((240, 320))
-    session = onnxruntime.InferenceSession(files / "int8.onnx", providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(exported / "int8.onnx", providers=["CPUExecutionProvider"])
     pixels = np.ascontiguousarray(image.transpose(2, 0, 1)[None], dtype=np.float32) / 255
     names = [*MATCHING, "valid"]
     found = dict(zip(names, session.run(names, {"image": pixels})))
@@ -100,7 +91,7 @@ def test_several_images_and_scales_are_those_one_by_one(loaded):
     assert set(model.maps(images[0])) == {"heatmap", "attention", "edges"}
 
 
-def test_what_an_exported_model_refuses(loaded, files, tmp_path):
+def test_what_an_exported_model_refuses(loaded, exported, tmp_path):
     model = loaded("int8")
     with pytest.raises(ValueError, match="holds no weights to save"):
         model.save(tmp_path / "w.safetensors")
@@ -113,17 +104,17 @@ def test_what_an_exported_model_refuses(loaded, files, tmp_path):
     with pytest.raises(ValueError, match="is not an ONNX model of SAMFeat") as caught:
         SAMFeat.from_pretrained(tmp_path / "m.onnx")
     assert "\n" not in str(caught.value)
-    foreign = onnx.load(files / "fp32.onnx")
+    foreign = onnx.load(exported / "fp32.onnx")
     del foreign.metadata_props[:]
     onnx.save(foreign, tmp_path / "foreign.onnx")
     with pytest.raises(ValueError, match="is not an ONNX model of SAMFeat"):
         SAMFeat.from_pretrained(tmp_path / "foreign.onnx")
 
 
-def test_a_missing_package_is_one_line(files, monkeypatch):
+def test_a_missing_package_is_one_line(exported, monkeypatch):
     monkeypatch.setattr(exported_module, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'samfeat\[openvino\]'"):
-        SAMFeat.from_pretrained(files / "int8.onnx")
+        SAMFeat.from_pretrained(exported / "int8.onnx")
 
 
 def test_the_benchmark_has_its_rows(loaded, tmp_path):
@@ -139,7 +130,7 @@ def test_the_benchmark_has_its_rows(loaded, tmp_path):
     assert [timing.name for timing in found] == ["q int8, network", "q int8, features"]
 
 
-def test_command(tmp_path, files):
+def test_command(tmp_path, exported):
     photographs = tmp_path / "photographs"
     photographs.mkdir()
     for name in ("coffee", "chelsea"):

@@ -31,7 +31,7 @@ from samfeat.student.extractor import SAMFeat
 from samfeat.student.network import SAMFeatNetwork
 from samfeat.student.weights import find_weights
 
-pytestmark = pytest.mark.usefixtures("without_curves")  # but in the run that is looked at, which is of the module
+pytestmark = pytest.mark.usefixtures("without_charts")  # but in the run that is looked at, which is of the module
 KILLS = int(os.environ.get("SAMFEAT_KILLS", 6))
 
 

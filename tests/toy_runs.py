@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from samfeat.pipelines.ablation import ablate
 from samfeat.pipelines.config import Config, load_config
 from samfeat.pipelines.training.ablation_tables import AblationTable, Row, load_ablations
@@ -26,6 +28,7 @@ SETTINGS = [
 ]
 SMALL_WINDOWS = "data.views.size=64"  # the side of toy crops; the default preset's are three times as large
 STUDY_SETTINGS = [
+    SMALL_WINDOWS,
     "optimiser.batch_size=2",
     "optimiser.steps=3",
     "run.precision=fp32",
@@ -51,6 +54,12 @@ TABLES = {
     ),
 }
 EXTRACTION = {"detection_threshold": 0.0, "max_keypoints": 30}
+
+
+def leave_out_charts(patch: pytest.MonkeyPatch) -> None:
+    """Trainings draw no charts, which take longer than their toy steps; test_report looks at them."""
+    patch.setattr("samfeat.pipelines.training.report.draw_curves", lambda path, rows: path)
+    patch.setattr("samfeat.pipelines.training.report._charts", lambda rows: [])
 
 
 def config(*overrides: str, preset: str = "default") -> Config:
