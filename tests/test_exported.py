@@ -130,7 +130,7 @@ def test_the_benchmark_has_its_rows(loaded, tmp_path):
     assert [timing.name for timing in found] == ["q int8, network", "q int8, features"]
 
 
-def test_command(tmp_path, exported):
+def test_command(tmp_path):
     photographs = tmp_path / "photographs"
     photographs.mkdir()
     for name in ("coffee", "chelsea"):

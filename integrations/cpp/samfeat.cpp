@@ -176,10 +176,10 @@ void write_npy(const Path& path, const std::vector<std::array<Value, N>>& rows, 
   if (!file) throw std::runtime_error(path.string() + " cannot be written");
 }
 
-// The value of a key in the model's metadata, which is one JSON object whose keys are unique.
-std::string value_of(const std::string& json, const std::string& key) {
-  const size_t start = json.find('"' + key + '"');
-  if (start == std::string::npos) throw std::runtime_error("the model does not say its " + key);
+// The value of a key of a section of the model's metadata, which is JSON.
+std::string value_of(const std::string& json, const std::string& section, const std::string& key) {
+  const size_t start = json.find('"' + key + '"', json.find('"' + section + "\": {"));
+  if (start == std::string::npos) throw std::runtime_error("the model does not say its " + section + "." + key);
   const size_t colon = json.find(':', start) + 1, end = json.find_first_of(",}", colon);
   const size_t first = json.find_first_not_of(" \"", colon);
   return json.substr(first, json.find_last_not_of(" \"", end - 1) - first + 1);
@@ -200,11 +200,12 @@ std::pair<std::shared_ptr<ov::Model>, Options> read_model(ov::Core& core, const 
   } catch (const ov::Exception&) {
     throw std::runtime_error(path.string() + " is not a model that samfeat-cli export wrote");
   }
-  if (value_of(json, "sampling") != "exact")
+  if (value_of(json, "network", "sampling") != "exact")
     throw std::runtime_error(path.string() + " has the released network's sampling, which is not supported");
-  const Options options{std::stoul(value_of(json, "max_keypoints")), std::stod(value_of(json, "detection_threshold")),
-                        std::stoi(value_of(json, "nms_radius")),     std::stoi(value_of(json, "border")),
-                        value_of(json, "subpixel") == "true",        value_of(json, "weighted_descriptors") == "true"};
+  const auto option = [&json](const std::string& key) { return value_of(json, "extraction", key); };
+  const Options options{std::stoul(option("max_keypoints")), std::stod(option("detection_threshold")),
+                        std::stoi(option("nms_radius")),     std::stoi(option("border")),
+                        option("subpixel") == "true",        option("weighted_descriptors") == "true"};
   return {std::make_shared<ov::Model>(maps, whole->get_parameters()), options};
 }
 
